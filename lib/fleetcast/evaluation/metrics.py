@@ -1,0 +1,383 @@
+"""Forecast errors as states that merge: every figure is made of sums and counts, never of means of means.
+
+    scores = Scores.of(y, y_mask, mean, quantiles, levels, floor) + Scores.of(...)
+    mae(scores)            # [H, F], one figure per horizon step
+    mae(scores.pooled())   # [1, F], over all steps
+
+Letters: B windows, H horizon steps, N entities, F metrics, Q quantile levels, I central intervals. A figure
+that nothing was counted for is NaN in arrays and None in JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fleetcast.errors import InputError
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+#: Nominal coverages of the central intervals; one is counted where both its ends are among the levels.
+INTERVALS = (0.5, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums and counts over observed targets, per horizon step and metric, in the targets' units."""
+
+    levels: tuple[float, ...]
+    """Q quantile levels, rising."""
+    floor: tuple[float, ...]
+    """F floors: the absolute percentage error counts only where |y| reaches the floor of its metric."""
+    n: Counts
+    """[H, F] observed targets; a zero is a target like any other."""
+    abs_error: Floats
+    """[H, F] Σ |y − ŷ|."""
+    squared_error: Floats
+    """[H, F] Σ (y − ŷ)²."""
+    y: Floats
+    """[H, F] Σ y."""
+    y_squared: Floats
+    """[H, F] Σ y²."""
+    y_abs: Floats
+    """[H, F] Σ |y|."""
+    ape: Floats
+    """[H, F] Σ |y − ŷ| / |y| where |y| ≥ floor."""
+    ape_n: Counts
+    """[H, F] targets with |y| ≥ floor."""
+    pinball: Floats
+    """[H, F, Q] Σ max(q (y − ŷ_q), (q − 1) (y − ŷ_q))."""
+    below: Counts
+    """[H, F, Q] targets with y ≤ ŷ_q."""
+    inside: Counts
+    """[H, F, I] targets inside each central interval, its ends included."""
+    interval_score: Floats
+    """[H, F, I] Σ of interval scores (Gneiting & Raftery 2007, eq. 43)."""
+
+    @classmethod
+    def zeros(cls, horizon: int, levels: Sequence[float], floor: ArrayLike) -> Scores:
+        """Nothing counted yet: the neutral element of `+`. `floor` [F] has one positive value per metric."""
+        floors = tuple(float(value) for value in np.atleast_1d(np.asarray(floor, dtype=np.float64)))
+        if not all(value > 0 for value in floors):
+            raise InputError(f"floor {floors}: expected positive numbers, one per metric")
+        cell = (horizon, len(floors))
+        by_level, by_interval = (*cell, len(levels)), (*cell, len(central(levels)))
+        return cls(
+            levels=tuple(levels),
+            floor=floors,
+            n=np.zeros(cell, np.int64),
+            abs_error=np.zeros(cell),
+            squared_error=np.zeros(cell),
+            y=np.zeros(cell),
+            y_squared=np.zeros(cell),
+            y_abs=np.zeros(cell),
+            ape=np.zeros(cell),
+            ape_n=np.zeros(cell, np.int64),
+            pinball=np.zeros(by_level),
+            below=np.zeros(by_level, np.int64),
+            inside=np.zeros(by_interval, np.int64),
+            interval_score=np.zeros(by_interval),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        y: ArrayLike,
+        y_mask: ArrayLike,
+        mean: ArrayLike,
+        quantiles: ArrayLike | None,
+        levels: Sequence[float],
+        floor: ArrayLike,
+    ) -> Scores:
+        """The scores of one batch in original units.
+
+        `y`, `y_mask` (observed) and `mean` are [B, H, N, F]; `quantiles` [B, H, N, F, Q] at `levels`, or None
+        with no levels. Raises InputError if shapes disagree or an observed target or its forecast is not a
+        finite number: a counted point is never dropped.
+        """
+        y, mean, y_mask = np.asarray(y), np.asarray(mean), np.asarray(y_mask, dtype=bool)
+        bands = np.empty((*y.shape, 0)) if quantiles is None else np.asarray(quantiles)
+        _same_shape(y, y_mask=y_mask, mean=mean)
+        if bands.shape != (*y.shape, len(levels)):
+            raise InputError(f"quantiles {bands.shape}: expected {(*y.shape, len(levels))}")
+        empty = cls.zeros(y.shape[1], levels, floor)
+        if len(empty.floor) != y.shape[3]:
+            raise InputError(
+                f"floor: {len(empty.floor)} values, expected one for each of {y.shape[3]} metrics"
+            )
+
+        seen = _points(y_mask)
+        target = _observed(y, seen, "y")
+        error = target - _observed(mean, seen, "mean")
+        reaches = seen & (np.abs(target) >= np.array(empty.floor)[:, None])
+        relative = np.abs(error) / np.maximum(np.abs(target), np.array(empty.floor)[:, None])
+        scores = replace(
+            empty,
+            n=seen.sum(-1),
+            abs_error=np.abs(error).sum(-1),
+            squared_error=(error**2).sum(-1),
+            y=target.sum(-1),
+            y_squared=(target**2).sum(-1),
+            y_abs=np.abs(target).sum(-1),
+            ape=np.where(reaches, relative, 0).sum(-1),
+            ape_n=reaches.sum(-1),
+        )
+        levels_of = [_observed(bands[..., i], seen, "quantiles") for i in range(len(levels))]
+        return scores._with_quantiles(target, seen, levels_of)
+
+    def _with_quantiles(self, target: Floats, seen: NDArray[np.bool_], quantiles: list[Floats]) -> Scores:
+        """Fills the quantile parts from target, seen and each level's forecast, all [H, F, points]."""
+        pinball, below = self.pinball.copy(), self.below.copy()
+        for i, (level, quantile) in enumerate(zip(self.levels, quantiles, strict=True)):
+            gap = target - quantile
+            pinball[..., i] = np.maximum(level * gap, (level - 1) * gap).sum(-1)
+            below[..., i] = (seen & (gap <= 0)).sum(-1)
+        inside, interval_score = self.inside.copy(), self.interval_score.copy()
+        for i, (coverage, low, high) in enumerate(central(self.levels)):
+            under = np.maximum(quantiles[low] - target, 0)
+            over = np.maximum(target - quantiles[high], 0)
+            width = quantiles[high] - quantiles[low]
+            inside[..., i] = (seen & (under == 0) & (over == 0)).sum(-1)
+            interval_score[..., i] = (width + 2 / (1 - coverage) * (under + over)).sum(-1)
+        return replace(self, pinball=pinball, below=below, inside=inside, interval_score=interval_score)
+
+    def __add__(self, other: Scores) -> Scores:
+        """Both together. Raises InputError if they count different things."""
+        if (self.levels, self.floor, self.n.shape) != (other.levels, other.floor, other.n.shape):
+            raise InputError(
+                f"scores of {other.n.shape} with levels {other.levels} and floors {other.floor}: "
+                f"expected {self.n.shape}, {self.levels} and {self.floor} to add them up"
+            )
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _ARRAYS})
+
+    def pooled(self, steps: Sequence[int] | slice = slice(None)) -> Scores:
+        """One step [1, F] that holds the chosen horizon steps together; all of them if not given."""
+        pick = steps if isinstance(steps, slice) else list(steps)
+        sums = {name: getattr(self, name)[pick].sum(axis=0, keepdims=True) for name in _ARRAYS}
+        return replace(self, **sums)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers; nothing is rounded."""
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return {"levels": list(self.levels), "floor": list(self.floor), **arrays}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Scores:
+        """What `to_json` gave. Raises InputError if it is something else."""
+        expected = {field.name for field in fields(cls)}
+        if set(value) != expected:
+            raise InputError(f"scores with fields {sorted(value)}: expected {sorted(expected)}")
+        scores = cls.zeros(len(value["n"]), value["levels"], value["floor"])
+        arrays: dict[str, Any] = {}
+        for name in _ARRAYS:
+            empty = getattr(scores, name)
+            arrays[name] = np.array(value[name], dtype=empty.dtype)
+            _same_shape(empty, **{name: arrays[name]})
+        return replace(scores, **arrays)
+
+
+_ARRAYS = tuple(field.name for field in fields(Scores) if field.name not in ("levels", "floor"))
+
+
+def central(levels: Sequence[float]) -> list[tuple[float, int, int]]:
+    """(nominal coverage, index of the lower level, of the upper) of the INTERVALS that the levels span."""
+    at = {round(level, 6): i for i, level in enumerate(levels)}
+    ends = [(c, at.get(round((1 - c) / 2, 6)), at.get(round((1 + c) / 2, 6))) for c in INTERVALS]
+    return [(c, low, high) for c, low, high in ends if low is not None and high is not None]
+
+
+# -- figures, each [H, F] ------------------------------------------------------------------------------------
+
+
+def mae(scores: Scores) -> Floats:
+    """Mean absolute error, in the target's units."""
+    return _ratio(scores.abs_error, scores.n)
+
+
+def mse(scores: Scores) -> Floats:
+    """Mean squared error, in squared units."""
+    return _ratio(scores.squared_error, scores.n)
+
+
+def rmse(scores: Scores) -> Floats:
+    """Root of the mean squared error."""
+    return np.sqrt(mse(scores))
+
+
+def mape(scores: Scores) -> Floats:
+    """Mean absolute percentage error as a fraction, over the targets that reach the floor."""
+    return _ratio(scores.ape, scores.ape_n)
+
+
+def mape_share(scores: Scores) -> Floats:
+    """The share of targets that the MAPE covers."""
+    return _ratio(scores.ape_n, scores.n)
+
+
+def wape(scores: Scores) -> Floats:
+    """Σ |error| ÷ Σ |y|, as a fraction."""
+    return _ratio(scores.abs_error, scores.y_abs)
+
+
+def mase(scores: Scores, scale: ArrayLike) -> Floats:
+    """MAE ÷ `scale` [F], the training part's mean absolute seasonal difference (Hyndman & Koehler 2006)."""
+    return _ratio(mae(scores), np.broadcast_to(np.asarray(scale, dtype=np.float64), scores.n.shape))
+
+
+def scaled_mae(scores: Scores, std: ArrayLike) -> Floats:
+    """MAE ÷ `std` [F], the standard deviation of the training part."""
+    return _ratio(mae(scores), np.broadcast_to(np.asarray(std, dtype=np.float64), scores.n.shape))
+
+
+def r2(scores: Scores) -> Floats:
+    """1 − Σ error² ÷ Σ (y − ȳ)² with ȳ of the very targets that were counted; NaN if they are all alike."""
+    total = scores.y_squared - _ratio(scores.y**2, scores.n)
+    # Of a constant target the difference leaves nothing but rounding.
+    varies = total > 1e-12 * scores.y_squared
+    return 1 - _ratio(scores.squared_error, np.where(varies, total, 0))
+
+
+def pinball(scores: Scores) -> Floats:
+    """Pinball loss, the mean over targets and levels."""
+    return _ratio(scores.pinball.sum(-1), scores.n * len(scores.levels))
+
+
+def calibration(scores: Scores) -> Floats:
+    """[H, F, Q] observed one-sided coverage: the share of targets at or below each quantile."""
+    return _ratio(scores.below, np.broadcast_to(scores.n[..., None], scores.below.shape))
+
+
+def coverage(scores: Scores, nominal: float) -> Floats:
+    """The share of targets inside the central interval; NaN where the levels do not span it."""
+    for i, (level, _, _) in enumerate(central(scores.levels)):
+        if level == nominal:
+            return _ratio(scores.inside[..., i], scores.n)
+    return np.full(scores.n.shape, np.nan)
+
+
+def wis(scores: Scores) -> Floats:
+    """Weighted interval score of the median and the central intervals (Bracher et al. 2021, eq. 1).
+
+    NaN where the levels hold no median.
+    """
+    if 0.5 not in scores.levels:
+        return np.full(scores.n.shape, np.nan)
+    pairs = central(scores.levels)
+    halves = np.array([(1 - nominal) / 2 for nominal, _, _ in pairs])
+    # Half the absolute error of the median is its pinball loss.
+    total = scores.pinball[..., scores.levels.index(0.5)] + (scores.interval_score * halves).sum(-1)
+    return _ratio(total, scores.n * (len(pairs) + 0.5))
+
+
+def figures(scores: Scores, std: ArrayLike, mase_scale: ArrayLike) -> list[dict[str, float | None]]:
+    """Every figure pooled over all horizon steps, one dict per metric, ready for JSON.
+
+    `std` and `mase_scale` [F] are those of the training part in original units.
+    """
+    one = scores.pooled()
+    table = {
+        "mae": mae(one),
+        "rmse": rmse(one),
+        "mse": mse(one),
+        "mape": mape(one),
+        "mape_share": mape_share(one),
+        "wape": wape(one),
+        "mase": mase(one, mase_scale),
+        "r2": r2(one),
+        "scaled_mae": scaled_mae(one, std),
+        "pinball": pinball(one),
+        **{f"coverage_{nominal * 100:.0f}": coverage(one, nominal) for nominal in INTERVALS},
+        "wis": wis(one),
+    }
+    return [
+        {name: float(values[0, f]) if np.isfinite(values[0, f]) else None for name, values in table.items()}
+        for f in range(one.n.shape[1])
+    ]
+
+
+# -- per entity ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PerEntity:
+    """Absolute errors of each entity over the whole horizon, for medians beside the pooled figures."""
+
+    n: Counts
+    """[N, F] observed targets."""
+    abs_error: Floats
+    """[N, F] Σ |y − ŷ|."""
+
+    @classmethod
+    def of(cls, y: ArrayLike, y_mask: ArrayLike, mean: ArrayLike) -> PerEntity:
+        """The state of one batch; shapes and errors as in `Scores.of`."""
+        y, mean, y_mask = np.asarray(y), np.asarray(mean), np.asarray(y_mask, dtype=bool)
+        _same_shape(y, y_mask=y_mask, mean=mean)
+        # [N, F, points]: the same reduction as in Scores, with entities in the place of steps.
+        y, mean, y_mask = (array.swapaxes(1, 2) for array in (y, mean, y_mask))
+        seen = _points(y_mask)
+        error = _observed(y, seen, "y") - _observed(mean, seen, "mean")
+        return cls(n=seen.sum(-1), abs_error=np.abs(error).sum(-1))
+
+    def __add__(self, other: PerEntity) -> PerEntity:
+        """More windows of the same entities in the same order."""
+        _same_shape(self.n, entities=other.n)
+        return PerEntity(self.n + other.n, self.abs_error + other.abs_error)
+
+    @classmethod
+    def stack(cls, parts: Iterable[PerEntity]) -> PerEntity:
+        """The entities of several groups, one group after the other."""
+        parts = list(parts)
+        return cls(np.concatenate([p.n for p in parts]), np.concatenate([p.abs_error for p in parts]))
+
+    def mae(self) -> Floats:
+        """[N, F] mean absolute error of each entity; NaN where nothing was observed."""
+        return _ratio(self.abs_error, self.n)
+
+    def median_mae(self) -> Floats:
+        """[F] the median of the entities' MAE, over those with observed targets; NaN if there are none."""
+        errors = self.mae()
+        known = [column[np.isfinite(column)] for column in errors.T]
+        return np.array([np.median(column) if column.size else np.nan for column in known])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists; nothing is rounded."""
+        return {"n": self.n.tolist(), "abs_error": self.abs_error.tolist()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PerEntity:
+        """What `to_json` gave."""
+        return cls(np.array(value["n"], np.int64), np.array(value["abs_error"], np.float64))
+
+
+# -- arrays --------------------------------------------------------------------------------------------------
+
+
+def _points(array: NDArray[Any]) -> NDArray[Any]:
+    """[B, H, N, F] → [H, F, B · N], contiguous, so that numpy sums each row pairwise and loses no digits."""
+    _, horizon, _, metrics = array.shape
+    return np.ascontiguousarray(array.transpose(1, 3, 0, 2)).reshape(horizon, metrics, -1)
+
+
+def _observed(array: NDArray[Any], seen: NDArray[np.bool_], name: str) -> Floats:
+    """The points as float64, zero where not observed."""
+    points = np.where(seen, _points(array), 0).astype(np.float64)
+    wrong = int((~np.isfinite(points)).sum())
+    if wrong:
+        raise InputError(f"{name}: not a finite number at {wrong} of {int(seen.sum())} observed targets")
+    return points
+
+
+def _same_shape(array: NDArray[Any], **others: NDArray[Any]) -> None:
+    for name, other in others.items():
+        if other.shape != array.shape:
+            raise InputError(f"{name} {other.shape}: expected {array.shape}")
+
+
+def _ratio(sums: NDArray[Any], counts: NDArray[Any]) -> Floats:
+    """Element-wise quotient; NaN where nothing was counted."""
+    return np.divide(sums, counts, out=np.full(np.shape(sums), np.nan), where=np.asarray(counts) > 0)

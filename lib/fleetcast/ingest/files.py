@@ -1,0 +1,201 @@
+"""Raw files: finding them, telling them apart, and reading them as blocks of whole lines in bounded memory."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import re
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import fsspec
+
+from fleetcast.config import Options
+from fleetcast.errors import InputError
+
+log = logging.getLogger("fleetcast")
+
+#: Lines are parsed this many bytes at a time: small enough for the processor's cache, which is what makes
+#: grouping a block fast.
+BLOCK_BYTES = 8 << 20
+#: A line longer than this is no line of a table.
+_LONGEST_LINE = 1 << 20
+#: A file is told from others by its size and these many bytes of its head and of its tail.
+_FINGERPRINT_BYTES = 1 << 20
+_FORMATS = (".csv", ".csv.gz", ".tar.gz", ".tgz")
+
+
+class RawFile(Options):
+    """One file of one table."""
+
+    uri: str
+    name: str
+    """Path relative to the source, which is the file's identity in the store."""
+    table: str
+    size: int
+    key: str
+    """Fingerprint of the content."""
+
+
+class Chunk(Options):
+    """What one task reads: all of a compressed file, or a range of a plain one."""
+
+    file: RawFile
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def id(self) -> str:
+        """Unique over all files and contents; the prefix of everything that the chunk's task writes."""
+        return f"{self.file.key}-{self.number:05d}"
+
+
+def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
+    """The files of a source (a folder, a file or `s3://…`) that belong to a table, in the order of their names.
+
+    A file belongs to the table whose name its own begins with, or that its folder is called. Raises InputError
+    if there is no such file, or one is empty. A file with the content of another is left out with a warning.
+    """
+    tables = sorted(tables, key=len, reverse=True)
+    try:
+        fs, root = fsspec.core.url_to_fs(source)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--source {source}: expected a folder, a file or s3://… ({error})") from error
+    root = root.rstrip("/")
+    if not fs.exists(root):
+        raise InputError(f"--source {source}: no such file or folder")
+    paths = [root] if fs.isfile(root) else sorted(fs.find(root))
+    files: dict[str, RawFile] = {}
+    for path in paths:
+        name = path[len(root) + 1 :] or path.rsplit("/", 1)[-1]
+        table = _table_of(path, tables)
+        if table is None or not path.endswith(_FORMATS):
+            log.warning("%s: not a file of a known table, left out", path)
+            continue
+        size = int(fs.size(path))
+        if size == 0:
+            raise InputError(f"{path}: the file is empty, expected rows of {table}")
+        key = _fingerprint(fs, path, size)
+        if key in files:
+            log.warning("%s: same content as %s, left out", path, files[key].name)
+            continue
+        files[key] = RawFile(uri=fs.unstrip_protocol(path), name=name, table=table, size=size, key=key)
+    if not files:
+        raise InputError(
+            f"--source {source}: no file of a known table; expected names that begin with "
+            f"{', '.join(sorted(tables))} and end in {', '.join(_FORMATS)}"
+        )
+    return list(files.values())
+
+
+def _table_of(path: str, tables: list[str]) -> str | None:
+    for part in reversed(path.split("/")[-2:]):
+        for table in tables:
+            if re.match(rf"{table}([^a-z]|$)", part):
+                return table
+    return None
+
+
+def _fingerprint(fs: Any, path: str, size: int) -> str:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with fs.open(path, "rb") as file:
+        digest.update(file.read(_FINGERPRINT_BYTES))
+        file.seek(max(0, size - _FINGERPRINT_BYTES))
+        digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()
+
+
+def chunks(files: list[RawFile], chunk_bytes: int) -> list[Chunk]:
+    """Files → the tasks' inputs. Only plain files can be entered in the middle."""
+    parts = []
+    for file in files:
+        width = chunk_bytes if file.name.endswith(".csv") else file.size
+        parts += [
+            Chunk(file=file, number=number, start=start, stop=min(start + width, file.size))
+            for number, start in enumerate(range(0, file.size, width))
+        ]
+    return parts
+
+
+def blocks(chunk: Chunk) -> Iterator[tuple[int, bytes]]:
+    """Blocks of whole lines of a chunk, each with its offset in the (decompressed) file.
+
+    A chunk owns the lines that begin in its range. Raises InputError naming the file if it cannot be read.
+    """
+    name = chunk.file.uri
+    try:
+        with fsspec.open(name, "rb") as raw:
+            if name.endswith(".csv"):
+                yield from _range_of_lines(raw, chunk.start, chunk.stop, name)
+            elif name.endswith(".csv.gz"):
+                with gzip.open(raw) as stream:
+                    yield from _lines(cast(IO[bytes], stream), 0, name)
+            else:
+                with _single_member(raw, name) as stream:
+                    yield from _lines(stream, 0, name)
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.ReadError) as error:
+        raise InputError(f"{name}: expected a complete compressed file, but: {error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: the file vanished while it was read") from error
+
+
+@contextmanager
+def _single_member(raw: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """The one csv of a .tar.gz, as a stream.
+
+    gzip is opened on its own: tarfile takes a truncated stream for its end, gzip does not.
+    """
+    with gzip.open(raw) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if member.isfile():
+                yield cast(IO[bytes], archive.extractfile(member))
+                break
+        else:
+            raise InputError(f"{name}: the archive holds no file, expected one csv")
+        if any(member.isfile() for member in archive):
+            raise InputError(f"{name}: the archive holds more than one file, expected one csv")
+
+
+def _lines(stream: IO[bytes], offset: int, name: str) -> Iterator[tuple[int, bytes]]:
+    rest = b""
+    while data := stream.read(BLOCK_BYTES):
+        end = data.rfind(b"\n") + 1
+        if not end:
+            rest += data
+            _check_length(rest, name, offset)
+            continue
+        block = rest + data[:end]
+        yield offset, block
+        offset += len(block)
+        rest = data[end:]
+        _check_length(rest, name, offset)
+    if rest:
+        yield offset, rest
+
+
+def _check_length(line: bytes, name: str, offset: int) -> None:
+    if len(line) > _LONGEST_LINE:
+        raise InputError(f"{name}: no line ends within {_LONGEST_LINE:,} bytes of offset {offset:,}; not a table")
+
+
+def _range_of_lines(raw: IO[bytes], start: int, stop: int, name: str) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin in [start, stop) of a plain file."""
+    offset = start
+    if start:
+        raw.seek(start - 1)
+        offset = start - 1 + len(raw.readline())
+    if offset >= stop:
+        return
+    raw.seek(offset)
+    for at, block in _lines(raw, offset, name):
+        if at + len(block) >= stop:
+            # The line that holds byte stop - 1 is the last of ours: it begins before `stop`.
+            end = block.find(b"\n", stop - 1 - at) + 1
+            yield at, block[:end] if end else block
+            return
+        yield at, block

@@ -1,0 +1,97 @@
+"""Partial products: what one chunk of raw rows contributes to the canonical tables, and how parts merge.
+
+A chunk's task aggregates as far as it can before anything leaves it (10 s → 5 min is 30 × fewer rows) and writes
+the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of parts, or all at
+once, give the same sums.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of partial rows."""
+
+    merge: Callable[[pl.DataFrame], pl.DataFrame]
+    """Rows of several parts → one part."""
+    date: str | None
+    """Column whose date partitions the parts; None where the table is small and kept whole."""
+    key: str | None
+    """Column whose hash picks the bucket."""
+
+
+def _merge_bins(parts: pl.DataFrame) -> pl.DataFrame:
+    sums = [c for c in parts.columns if c.endswith(("_sum", "_count")) or c == "samples"]
+    maxima = [c for c in parts.columns if c.endswith("_max")]
+    return parts.group_by("entity", "time").agg(pl.col(sums).sum(), pl.col(maxima).max())
+
+
+def _merge_entities(parts: pl.DataFrame) -> pl.DataFrame:
+    """The last known value of each column."""
+    columns = [c for c in parts.columns if c not in ("entity", "seen")]
+    ordered = parts.sort("entity", "seen", *columns, nulls_last=False)
+    return ordered.group_by("entity", maintain_order=True).agg(
+        pl.col(columns).drop_nulls().last(), pl.col("seen").max()
+    )
+
+
+def _merge_instances(parts: pl.DataFrame) -> pl.DataFrame:
+    return parts.group_by("job_name", "task_name", "machine", "slice").agg(pl.col("instances").sum())
+
+
+def _distinct(parts: pl.DataFrame) -> pl.DataFrame:
+    return parts.unique().sort(parts.columns)
+
+
+PRODUCTS: dict[str, Product] = {
+    "machine": Product(_merge_bins, "time", "entity"),
+    "container": Product(_merge_bins, "time", "entity"),
+    "entities": Product(_merge_entities, None, None),
+    "hosted": Product(_distinct, None, None),
+    "tasks": Product(_distinct, "slice", "job_name"),
+    "instances": Product(_merge_instances, "slice", "job_name"),
+}
+#: The products that are telemetry, by the kind of their entities.
+TELEMETRY = ("machine", "container")
+
+
+def partitions(product: str, frame: pl.DataFrame, buckets: int) -> dict[str, pl.DataFrame]:
+    """A part → its rows by folder: `date=2018-01-02/bucket=03`, or `all`."""
+    spec = PRODUCTS[product]
+    if spec.date is None or spec.key is None:
+        return {"all": frame}
+    folder = pl.format("date={}/bucket={}", pl.col(spec.date).dt.date(), _bucket(frame[spec.key], buckets))
+    marked = frame.with_columns(folder.alias("_folder"))
+    return {
+        str(folder): rows
+        for (folder,), rows in marked.partition_by("_folder", as_dict=True, include_key=False).items()
+    }
+
+
+def _bucket(keys: pl.Series, buckets: int) -> pl.Series:
+    """Two digits for each key, the same on every machine and version (which polars' own hash is not)."""
+    if buckets == 1:
+        return pl.Series(["00"]).new_from_index(0, len(keys))
+    names = keys.unique()
+    digits = [f"{zlib.crc32(name.encode()) % buckets:02d}" for name in names]
+    return keys.replace_strict(names, digits, return_dtype=pl.String)
+
+
+def telemetry(bins: pl.DataFrame, metrics: list[str]) -> pl.DataFrame:
+    """Merged bins → telemetry rows: means, maxima, samples, in the order of entity and time; missing is null."""
+    columns = []
+    for metric in metrics:
+        if f"{metric}_count" in bins.columns:
+            count = pl.col(f"{metric}_count")
+            mean = pl.when(count > 0).then(pl.col(f"{metric}_sum") / count)
+            maximum = pl.col(f"{metric}_max")
+        else:
+            mean = maximum = pl.lit(None)
+        columns += [mean.cast(pl.Float32).alias(metric), maximum.cast(pl.Float32).alias(f"{metric}_max")]
+    return bins.select("entity", "time", *columns, pl.col("samples").cast(pl.UInt32)).sort("entity", "time")

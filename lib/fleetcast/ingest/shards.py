@@ -1,0 +1,272 @@
+"""The shard job: telemetry and dependencies → a published windows dataset."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import Any
+
+import polars as pl
+
+from fleetcast.errors import InputError
+from fleetcast.graphs import cut
+from fleetcast.ingest.make import make
+from fleetcast.store import MANIFEST, Store, fingerprint
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.build import (
+    Grid,
+    RowGroup,
+    Summary,
+    build_shard,
+    split_dependencies,
+    split_telemetry,
+    summarise,
+)
+from fleetcast.windows.manifest import Manifest, Scaler, Shard, ShardOptions
+
+log = logging.getLogger("fleetcast")
+
+#: The telemetry that each level is made of.
+_SOURCE_KIND = {"machine": "machine", "container": "container", "service": "container"}
+
+
+def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
+    """Builds `windows/<name>` from the store's telemetry, unless it is there already.
+
+    Raises InputError for an unknown metric, a level without telemetry, or too little data for the split.
+    """
+    store.open_existing()
+    telemetry = store.read_json(f"telemetry/{MANIFEST}")
+    if telemetry is None:
+        raise InputError(f"{store.uri}: telemetry is not complete; run ingest (again)")
+    digest = fingerprint([telemetry["fingerprint"], options.model_dump(mode="json")])
+    saved = store.read_json(f"windows/{options.windows}/{MANIFEST}")
+    if saved is not None and saved.get("fingerprint") == digest:
+        log.info("shard: windows/%s is complete", options.windows)
+        return {**_figures(Manifest(**saved)), "skipped": True}
+
+    work = f"_work/windows/{options.windows}-{digest}"
+    units = _units(store, options, work)
+    draft = _draft(telemetry, options, units, digest)
+    grid = Grid(
+        metrics=draft.metrics,
+        start=draft.start,
+        step=draft.step,
+        steps=draft.steps,
+        lag=draft.lags[0] if draft.lags else None,
+        train=draft.boundaries[0],
+        kinds=options.dependencies,
+    )
+    receipts = _build(store, work, telemetry, options, draft, grid, units)
+    summary = summarise([receipt["statistics"] for receipt in receipts])
+    finished = _finish(draft, summary, options)
+    store.write_json(f"{work}/dataset/{MANIFEST}", finished.model_dump(mode="json"))
+    store.publish(f"{work}/dataset", f"windows/{options.windows}")
+    store.remove(work)
+    peak = max((receipt["peak_bytes"] for receipt in receipts), default=0)
+    return {**_figures(finished), "peak_bytes": peak, "skipped": False}
+
+
+def _figures(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "windows": {part: manifest.windows(part) for part in manifests.PARTS},
+        "entities": manifest.entities,
+        "groups": len(manifest.groups),
+        "shards": len(manifest.shards),
+        "steps": manifest.steps,
+        "observed_share": dict(zip(manifest.metrics, manifest.observed, strict=True)),
+    }
+
+
+def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
+    """`entity` of the telemetry → `unit` that is forecast, and its `group` and `index` there."""
+    entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
+    kind = _SOURCE_KIND[options.level]
+    measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
+    unit = pl.col("service") if options.level == "service" else pl.col("entity")
+    named = measured.select("entity", unit=unit).drop_nulls()
+    if named.is_empty():
+        raise InputError(f"--level {options.level}: the store has no {kind} with telemetry of that level")
+    names = named["unit"].unique().sort().to_list()
+    groups = [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
+    places = pl.DataFrame(
+        [(name, group, index) for group, members in enumerate(groups) for index, name in enumerate(members)],
+        schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
+        orient="row",
+    )
+    return named.join(places, on="unit")
+
+
+def _graph(store: Store) -> pl.DataFrame:
+    """All dependencies summed over time: as many rows as there are pairs."""
+    total: pl.DataFrame | None = None
+    for path in store.list("dependencies", ".parquet"):
+        day: Any = pl.from_arrow(store.read_table(path, columns=["source", "target", "weight"]))
+        day = day.with_columns(pl.col("source", "target").cast(pl.String))
+        both = day if total is None else pl.concat([total, day])
+        total = both.group_by("source", "target").agg(pl.col("weight").sum())
+    if total is None:
+        return pl.DataFrame(schema={"source": pl.String, "target": pl.String, "weight": pl.Float32})
+    return total
+
+
+def _draft(
+    telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame, digest: str
+) -> Manifest:
+    """The manifest but for what only the shards' values can tell."""
+    known = [name for metric in telemetry["metrics"] for name in (metric, f"{metric}_max")]
+    for metric in options.metrics:
+        if metric not in known:
+            raise InputError(f"--metrics {metric}: unknown metric, expected some of {', '.join(known)}")
+    base = telemetry["settings"]["step"]
+    if options.step % base:
+        raise InputError(f"--step {options.step}: expected a multiple of the telemetry's step of {base} s")
+    span = telemetry["spans"][_SOURCE_KIND[options.level]]
+    start = span["first"] // options.step * options.step
+    steps = (span["last"] + base - start) // options.step  # a last step that is not over yet is left out
+    history, horizon = options.history // options.step, options.horizon // options.step
+    boundaries = manifests.boundaries(steps, options.split, history, horizon)
+    lags = tuple(
+        lag // options.step
+        for lag in sorted(options.lags)
+        if horizon <= lag // options.step <= boundaries[0] // 2
+    )
+    groups = (
+        units.select("unit", "group", "index").unique().sort("group", "index").group_by("group", maintain_order=True)
+    )
+    members = tuple(tuple(frame["unit"].to_list()) for _, frame in groups)
+    return Manifest(
+        name=options.windows,
+        level=options.level,
+        metrics=options.metrics,
+        start=start,
+        step=options.step,
+        steps=steps,
+        history=history,
+        horizon=horizon,
+        lags=lags,
+        max_gap=options.max_gap // options.step,
+        slice=telemetry["settings"]["slice"],
+        boundaries=boundaries,
+        groups=members,
+        scaler=Scaler(mean=(), std=()),
+        seasonal_error=(),
+        observed=(),
+        shards=tuple(_stretches(options, steps, history, horizon, lags, members)),
+        fingerprint=digest,
+    )
+
+
+def _stretches(
+    options: ShardOptions,
+    steps: int,
+    history: int,
+    horizon: int,
+    lags: tuple[int, ...],
+    groups: tuple[tuple[str, ...], ...],
+) -> list[Shard]:
+    """Shards of about the wanted size, but never so short that the halo outweighs what it surrounds.
+
+    The last shard of a group also holds the origin at the end of the telemetry: the forecast's.
+    """
+    back = manifests.context(history, lags)
+    shards = []
+    for group, members in enumerate(groups):
+        row = len(members) * len(options.metrics) * 4
+        width = max((options.shard_mb << 20) // row, back + horizon)
+        count = max(1, round(steps / width))
+        edges = [round(steps * i / count) for i in range(count + 1)]
+        for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            name = f"windows/{options.windows}/shards/group-{group:05d}-{number:04d}"
+            shards.append(
+                Shard(
+                    path=f"{name}.parquet",
+                    edges=f"{name}-edges.parquet",
+                    group=group,
+                    start=low,
+                    stop=high + 1 if high == steps else high,
+                    first=max(0, low - back),
+                    last=min(steps, high + horizon - 1),
+                )
+            )
+    return shards
+
+
+def _build(
+    store: Store,
+    work: str,
+    telemetry: dict[str, Any],
+    options: ShardOptions,
+    draft: Manifest,
+    grid: Grid,
+    units: pl.DataFrame,
+) -> list[dict[str, Any]]:
+    """Splits the files by group, then builds every shard; returns the shards' receipts."""
+    kind = _SOURCE_KIND[options.level]
+    values = [path for path in telemetry["files"] if f"/{kind}-" in path]
+    edges = [path for path in telemetry["files"] if path.startswith("dependencies/")]
+    key = {"dataset": draft.fingerprint}
+    plan = {f"{work}/split/{path}": {"source": path, **key} for path in [*values, *edges]}
+
+    def split(item: dict[str, Any]) -> dict[str, Any]:
+        by = split_dependencies if item["source"].startswith("dependencies/") else split_telemetry
+        return by(store, item["source"], item["target"], units, grid)
+
+    receipts = make(store, plan, split, f"{work}/receipts", "shard: split by group")
+    where: dict[tuple[str, int], list[RowGroup]] = defaultdict(list)
+    for path, receipt in sorted(receipts.items()):
+        what = "edges" if "/split/dependencies/" in path else "values"
+        for number, group in enumerate(receipt["groups"]):
+            where[what, group].append(RowGroup(path, number))
+
+    def touching(what: str, part: Shard) -> list[dict[str, Any]]:
+        """Row groups of the days between a shard's first and last step, and of the day before for edges."""
+        low, high = (_date(draft, at) for at in (part.first - 86_400 // draft.step, part.last))
+        return [vars(at) for at in where[what, part.group] if low <= at.path.split("date=")[1][:10] <= high]
+
+    prefix = f"windows/{options.windows}"
+    shards = {
+        f"{work}/dataset{part.path.removeprefix(prefix)}": {
+            "shard": part.model_dump(),
+            "edges_target": f"{work}/dataset{part.edges.removeprefix(prefix)}",
+            "values": touching("values", part),
+            "edges": touching("edges", part),
+            **key,
+        }
+        for part in draft.shards
+    }
+
+    def build(item: dict[str, Any]) -> dict[str, Any]:
+        part = Shard(**item["shard"])
+        statistics = build_shard(
+            store,
+            grid,
+            part,
+            draft.groups[part.group],
+            [RowGroup(**at) for at in item["values"]],
+            [RowGroup(**at) for at in item["edges"]],
+            (item["target"], item["edges_target"]),
+        )
+        return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.groups[part.group])}
+
+    return list(make(store, shards, build, f"{work}/receipts", "shard: shards").values())
+
+
+def _date(draft: Manifest, step: int) -> str:
+    seconds = draft.start + draft.step * step
+    return str(pl.Series([seconds * 1000]).cast(pl.Datetime("ms")).dt.date()[0])
+
+
+def _finish(draft: Manifest, summary: Summary, options: ShardOptions) -> Manifest:
+    for position in summary.unseen:
+        raise InputError(
+            f"--metrics {draft.metrics[position]}: no value in the training part; leave the metric out, or use "
+            f"another --split than {options.split}"
+        )
+    return draft.model_copy(
+        update={
+            "scaler": summary.scaler,
+            "seasonal_error": summary.seasonal_error,
+            "observed": summary.observed,
+        }
+    )

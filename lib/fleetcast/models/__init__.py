@@ -1,0 +1,37 @@
+"""The models by name: `build("stgnn", {"hidden": 32}, geometry)`.
+
+One file per model; each has its `ModelConfig` and its `Model`, and is entered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from fleetcast.errors import InputError
+from fleetcast.models.base import Geometry, Model, ModelConfig
+from fleetcast.models.stgnn import StgnnConfig
+
+MODELS: dict[str, type[ModelConfig]] = {
+    "stgnn": StgnnConfig,
+}
+
+
+def configure(name: str, options: Mapping[str, Any]) -> ModelConfig:
+    """The options of a model, checked. Raises InputError for an unknown model or a wrong option."""
+    if name not in MODELS:
+        raise InputError(f"model {name!r}, expected one of {', '.join(sorted(MODELS))}")
+    try:
+        return MODELS[name](**options)
+    except ValidationError as error:
+        wrong = (
+            f"option {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        )
+        raise InputError(f"model {name}: {'; '.join(wrong)}") from error
+
+
+def build(name: str, options: Mapping[str, Any], geometry: Geometry) -> Model:
+    """A new model with its initial weights, drawn from torch's global generator. Raises as `configure`."""
+    return configure(name, options).build(geometry)

@@ -1,0 +1,124 @@
+"""Layers that models share: graph convolution over whole look-backs, and a head for all horizon steps."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.nn.conv.gcn_conv import gcn_norm
+from torch_geometric.utils import to_torch_csr_tensor
+
+from fleetcast.models.base import Geometry
+from fleetcast.windows.batch import Batch, Edges
+
+
+@dataclass(frozen=True)
+class Adjacency:
+    """The normalised graph D̂^-1/2 Â D̂^-1/2 of a batch, Â = A + I, in both directions; row = receiver."""
+
+    along: Tensor
+    """[M, M] sparse: each node gathers from its sources, M = B · N."""
+    against: Tensor
+    """[M, M] sparse: each node gathers from its targets."""
+
+    @classmethod
+    def of(cls, edges: Edges, nodes: int) -> Adjacency:
+        """The graph of `nodes` = B · N nodes; without edges it is the identity."""
+        return cls(
+            _normalised(edges.index, edges.weight, nodes),
+            _normalised(edges.index.flip(0), edges.weight, nodes),
+        )
+
+
+def _normalised(index: Tensor, weight: Tensor, nodes: int) -> Tensor:
+    """[nodes, nodes] CSR: row index[1] gathers from column index[0]; degrees are sums of incoming weight."""
+    index, weight = gcn_norm(index, weight.float(), nodes, add_self_loops=True, dtype=torch.float32)
+    with warnings.catch_warnings():
+        # CSR is "beta" to torch; times a dense matrix, forward and backward, it is its fastest sparse form.
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")
+        return to_torch_csr_tensor(index.flip(0), weight, nodes)
+
+
+class GraphConvolution(nn.Module):
+    """σ(Â_norm H W) of eq. 1, once along and once against the edges with a matrix W each, summed."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.along = nn.Linear(inputs, outputs)
+        self.against = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, h: Tensor, adjacency: Adjacency) -> Tensor:
+        """[M, L, inputs] → [M, L, outputs]."""
+        return torch.relu(
+            self.along(_gather(adjacency.along, h)) + self.against(_gather(adjacency.against, h))
+        )
+
+
+def _gather(adjacency: Tensor, h: Tensor) -> Tensor:
+    """All steps of the look-back at once, as one product, so that no message is ever stored per edge."""
+    with torch.autocast(h.device.type, enabled=False):  # sparse products have no half precision
+        return (adjacency @ h.float().flatten(1)).view_as(h)
+
+
+class HorizonHead(nn.Module):
+    """f(h; θ) of eq. 3 for all H horizon steps at once: an MLP of a node's state and what is known ahead.
+
+    Known ahead are a step's time features, its place in the horizon and, if `seasonal`, the values one season
+    before it.
+    """
+
+    def __init__(self, geometry: Geometry, hidden: int, dropout: float, seasonal: bool) -> None:
+        super().__init__()
+        metrics, seasons = len(geometry.metrics), len(geometry.lags)
+        self.outputs = (metrics, 1 + len(geometry.quantiles))
+        self.state = nn.Linear(hidden, hidden)
+        self.step = nn.Parameter(torch.randn(geometry.horizon, hidden) / hidden**0.5)
+        self.time = nn.Linear(geometry.calendar, hidden, bias=False)
+        self.season = nn.Linear(2 * metrics * seasons, hidden, bias=False) if seasonal and seasons else None
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(hidden, metrics * (1 + len(geometry.quantiles)))
+
+    def forward(self, state: Tensor, batch: Batch) -> Tensor:
+        """State [B, N, hidden] → [B, H, N, F, 1 + Q]."""
+        known = self.step + self.time(batch.time_y)
+        h = self.state(state)[:, None] + known[:, :, None]
+        if self.season is not None:
+            values = torch.where(batch.seasonal_mask, batch.seasonal, 0)
+            h = h + self.season(torch.cat([values, batch.seasonal_mask.to(values.dtype)], dim=-1).flatten(3))
+        return self.last(self.dropout(torch.relu(h))).unflatten(-1, self.outputs)
+
+
+class NaiveBlend(nn.Module):
+    """A learned convex blend of the naive forecasts: last observed value, and the value one season before.
+
+    The weights are one set per horizon step and metric; those of missing values pass to the others. Where
+    nothing was observed the blend is zero, the mean of scaled values.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        metrics, seasons = len(geometry.metrics), len(geometry.lags)
+        # A blend of the last value alone has nothing to learn.
+        self.logits = nn.Parameter(torch.zeros(geometry.horizon, metrics, 1 + seasons)) if seasons else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[B, H, N, F]."""
+        last, seen = _last_observed(batch.x, batch.mask)
+        if self.logits is None:
+            return last[:, None].expand(*batch.seasonal.shape[:-1])
+        shape = batch.seasonal.shape[:-1]
+        naive = torch.cat([last[:, None].expand(shape)[..., None], batch.seasonal], dim=-1)
+        there = torch.cat([seen[:, None].expand(shape)[..., None], batch.seasonal_mask], dim=-1)
+        weight = self.logits.softmax(-1)[:, None] * there
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
+        return (weight * torch.where(there, naive, 0)).sum(-1)
+
+
+def _last_observed(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, N, F] the last observed value in the look-back, zero if none; and whether there is one."""
+    step = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None, None]
+    latest = (mask * step).amax(1)
+    value = x.gather(1, (latest - 1).clamp(min=0)[:, None]).squeeze(1)
+    return torch.where(latest > 0, value, 0), latest > 0

@@ -1,0 +1,82 @@
+"""stgnn: graph convolution, time encoding, a GRU over the look-back and an MLP head.
+
+The model of "graph convolution + GRU + time encoding for service performance forecasting": eq. 1 in both
+directions of the call graph, eq. 2 per node, eq. 3 for all horizon steps at once, with quantiles beside the
+mean. With `seasonal`, `residual` and `own` off it is the paper's plain form.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fleetcast.models.base import Geometry, Model, ModelConfig, Output
+from fleetcast.models.layers import Adjacency, GraphConvolution, HorizonHead, NaiveBlend
+from fleetcast.windows.batch import Batch
+
+
+class StgnnConfig(ModelConfig):
+    """Options of stgnn."""
+
+    hidden: Annotated[int, Field(ge=1)] = 64
+    """Width of the graph layers, of the GRU and of the head."""
+    layers: Annotated[int, Field(ge=1)] = 2
+    """Graph convolution layers, hence how many edges far information travels within one step."""
+    gru_layers: Annotated[int, Field(ge=1)] = 1
+    """Stacked GRU layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the features that training drops after each graph layer and in the head."""
+    seasonal: bool = True
+    """Whether the head sees the values one season (a day, a week) before each target step."""
+    residual: bool = True
+    """Whether outputs are offsets from a learned blend of last value and seasonal values."""
+    own: bool = True
+    """Whether a node's own features also reach the GRU unmixed with the neighbours'."""
+
+    def build(self, geometry: Geometry) -> Stgnn:
+        """A new module with its initial weights."""
+        return Stgnn(self, geometry)
+
+
+class Stgnn(Model):
+    """The module. Its inputs per node and step are the F metrics and whether each was observed."""
+
+    def __init__(self, config: StgnnConfig, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        inputs, hidden = 2 * len(geometry.metrics), config.hidden
+        widths = [inputs] + [hidden] * config.layers
+        self.graph = nn.ModuleList(GraphConvolution(a, b) for a, b in pairwise(widths))
+        self.dropout = nn.Dropout(config.dropout)
+        self.time = nn.Linear(geometry.calendar, hidden)
+        self.own = nn.Linear(inputs, hidden, bias=False) if config.own else None
+        self.gru = nn.GRU(hidden, hidden, config.gru_layers, batch_first=True)
+        self.head = HorizonHead(geometry, hidden, config.dropout, config.seasonal)
+        self.blend = NaiveBlend(geometry) if config.residual else None
+
+    def forward(self, batch: Batch) -> Output:
+        """Forecasts all windows of a batch. Raises InputError if its shapes are not the geometry's."""
+        self.geometry.check(batch)
+        windows, _, nodes, _ = batch.x.shape
+        _, state = self.gru(self._encode(batch))
+        outputs = self.head(state[-1].unflatten(0, (windows, nodes)), batch).float()
+        if self.blend is not None:
+            outputs = outputs + self.blend(batch)[..., None]
+        return Output(outputs[..., 0], outputs[..., 1:] if self.geometry.quantiles else None)
+
+    def _encode(self, batch: Batch) -> Tensor:
+        """z of eq. 2, [B · N, L, hidden]: graph convolution of each step, and the encoding of its time."""
+        windows, _, nodes, _ = batch.x.shape
+        steps = torch.cat([batch.x, batch.mask.to(batch.x.dtype)], dim=-1)
+        features = steps.transpose(1, 2).flatten(0, 1)
+        adjacency = Adjacency.of(batch.edges, windows * nodes)
+        h = features
+        for layer in self.graph:
+            h = self.dropout(layer(h, adjacency))
+        if self.own is not None:
+            h = h + self.own(features)
+        return h + self.time(batch.time_x).repeat_interleave(nodes, dim=0)

@@ -1,0 +1,183 @@
+"""How every job runs: parse, log, connect to Ray, work, print the figures, exit.
+
+Without an address Ray is started on this machine; with RAY_ADDRESS, or under `ray job submit`, the running
+cluster is used. The last line on standard output is one JSON object with the run's figures; everything else is
+logged to standard error. Exit codes: 0 the result is whole, 1 it is not, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from fleetcast.config import BaseJobConfig, parse
+from fleetcast.errors import InputError
+
+log = logging.getLogger("fleetcast")
+
+Config = TypeVar("Config", bound=BaseJobConfig)
+
+#: Set before Ray is imported. A task has one core, so the libraries inside it have one thread; the rest is
+#: Ray's noise, or a start-up cost that a short job would pay for nothing.
+_DRIVER_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
+
+
+def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]) -> None:
+    """Runs a job's `main` on the config of the command line and leaves the process with its exit code."""
+    name = Path(sys.argv[0]).stem
+    started = time.monotonic()
+    try:
+        config = parse(config_class, sys.argv[1:])
+        set_up_logging(config.log_level)
+        with ray_session(config.num_cpus):
+            figures = main(config)
+    except InputError as error:
+        set_up_logging("INFO")
+        log.error("%s", error)
+        _finish({"job": name, "ok": False, "error": str(error)}, 1)
+    except KeyboardInterrupt:
+        _finish({"job": name, "ok": False, "error": "interrupted"}, 1)
+    except Exception as error:  # the last line is JSON even where the fault is ours
+        log.exception("%s failed", name)
+        _finish({"job": name, "ok": False, "error": f"{type(error).__name__}: {error}"}, 1)
+    _finish({"job": name, "ok": True, **figures, "seconds": round(time.monotonic() - started, 2)}, 0)
+
+
+def _finish(figures: dict[str, Any], code: int) -> None:
+    print(json.dumps(figures), flush=True)
+    sys.exit(code)
+
+
+def set_up_logging(level: str) -> None:
+    """The one logging set-up: time, level, message on standard error.
+
+    Raises InputError for an unknown level.
+    """
+    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise InputError(f"--log-level: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
+    )
+    log.setLevel(level.upper())
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the length of the block; one that is already connected is used and left alone."""
+    for key, value in _DRIVER_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    connection: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        connection = {"address": "local", "num_cpus": num_cpus, "include_dashboard": True, "dashboard_port": 0}
+    ray.init(
+        **connection,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class PeakMemory:
+    """The largest resident memory of this process since the object was made, in bytes.
+
+    Linux keeps a high-water mark that can be reset; elsewhere the mark of the whole process life is given.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            log.debug("the memory high-water mark cannot be reset here")
+
+    def bytes(self) -> int:
+        """High-water mark so far."""
+        status = Path("/proc/self/status")
+        if status.exists():
+            for line in status.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return int(psutil.Process().memory_info().rss)
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder on the local disk of this node that goes away with the block."""
+    return tempfile.TemporaryDirectory(prefix="fleetcast-")
+
+
+def spread(
+    items: list[Any], work: Callable[[Any], dict[str, Any]], what: str, measure: str = "rows"
+) -> list[dict[str, Any]]:
+    """Runs `work` on every item as Ray Data tasks and returns their receipts, in the order of the items.
+
+    Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain `seconds`
+    and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of `measure`.
+    All items are tried; then InputError is raised with what went wrong, if anything did.
+    """
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    if not items:
+        return []
+
+    def task(batch: dict[str, Any]) -> dict[str, list[str]]:
+        index, item = json.loads(batch["item"][0])
+        started, peak = time.monotonic(), PeakMemory()
+        try:
+            receipt = work(item)
+        except InputError as error:
+            receipt = {"error": str(error)}
+        receipt |= {"seconds": time.monotonic() - started, "peak_bytes": peak.bytes()}
+        return {"receipt": [json.dumps([index, receipt])]}
+
+    rows = [{"item": json.dumps([index, item])} for index, item in enumerate(items)]
+    receipts: dict[int, dict[str, Any]] = {}
+    started = last = time.monotonic()
+    results = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
+        task, batch_size=1, zero_copy_batch=True
+    )
+    done = 0
+    for row in results.iter_rows():
+        index, receipt = json.loads(row["receipt"])
+        receipts[index] = receipt
+        done += receipt.get(measure, 0)
+        now = time.monotonic()
+        if now - last > 2 or len(receipts) == len(items):
+            last = now
+            log.info(
+                "%s %d/%d: %s %s, %s/s",
+                what,
+                len(receipts),
+                len(items),
+                f"{done:,}",
+                measure,
+                f"{done / (now - started):,.0f}",
+            )
+    errors = [receipt["error"] for receipt in receipts.values() if "error" in receipt]
+    if errors:
+        raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
+    return [receipts[index] for index in range(len(items))]

@@ -1,0 +1,189 @@
+"""The store: the one place that knows folders and file systems (a local path or `s3://`).
+
+    telemetry/  entities/  dependencies/  rejected/  windows/  models/  forecasts/  reports/
+
+Each noun is a folder of Parquet and JSON files, readable by anything. `ingested/` holds each raw file's share of
+the telemetry, which is what lets a later file be added without reading the earlier ones again. `_work/` holds
+what jobs keep for their own resumption and may be deleted when none runs.
+
+Every file is written whole or not at all: locally through a temporary name and a rename, on object stores by
+their own put. A folder that readers take as one thing (`publish`) appears at once locally; on object stores its
+`manifest.json` is written last, and readers ask for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from fleetcast import __version__
+from fleetcast.errors import InputError
+
+#: Version of the folders and schemas below the store's root.
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def fingerprint(value: Any) -> str:
+    """A short digest of a JSON-like value: equal values, equal digests, on every machine."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+class Store:
+    """A root folder on a file system. Picklable; cheap to make; safe to use from many processes."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises InputError if the URI's file system is unknown."""
+        self.uri = uri.rstrip("/") or "/"
+        try:
+            self.fs, root = fsspec.core.url_to_fs(self.uri)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"--store {uri}: expected a folder or s3://bucket/prefix ({error})") from error
+        self.root = root.rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri!r})"
+
+    # -- the store itself ----------------------------------------------------------------------------------
+
+    def open_or_create(self) -> Store:
+        """Marks an empty folder as a store; refuses one of another format."""
+        mark = self.read_json("store.json")
+        if mark is None:
+            if self.local and Path(self.root).is_file():
+                raise InputError(f"--store {self.uri}: is a file, expected a folder")
+            if self.local and Path(self.root).is_dir() and any(Path(self.root).iterdir()):
+                raise InputError(f"--store {self.uri}: the folder holds other files and no store.json")
+            self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
+        elif mark.get("format") != FORMAT:
+            raise InputError(
+                f"--store {self.uri}: written in format {mark.get('format')!r} by {mark.get('created_by')!r}, "
+                f"fleetcast {__version__} expects format {FORMAT}"
+            )
+        return self
+
+    def open_existing(self) -> Store:
+        """Refuses a URI that is not a store yet, then as `open_or_create`."""
+        if not self.exists("store.json"):
+            raise InputError(f"--store {self.uri}: no store there (store.json is missing); run ingest first")
+        return self.open_or_create()
+
+    # -- paths ---------------------------------------------------------------------------------------------
+
+    def path(self, *parts: str) -> str:
+        """The file system's own path of a place in the store."""
+        return "/".join([self.root, *parts])
+
+    def exists(self, relative: str) -> bool:
+        """Whether there is a file or folder."""
+        return bool(self.fs.exists(self.path(relative)))
+
+    def list(self, folder: str, suffix: str = "") -> list[str]:
+        """Files below a folder, however deep, relative to the store, in order; [] if there is none."""
+        self.fs.invalidate_cache()
+        start = len(self.root) + 1
+        names = (name[start:] for name in self.fs.find(self.path(folder)))
+        return sorted(n for n in names if n.endswith(suffix) and not Path(n).name.startswith(".tmp-"))
+
+    def remove(self, relative: str) -> None:
+        """Deletes a file or a whole folder; nothing if there is none."""
+        if self.exists(relative):
+            self.fs.rm(self.path(relative), recursive=True)
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def write(self, relative: str) -> Iterator[IO[bytes]]:
+        """A binary file that appears under its name only when the block ends without an error."""
+        final = self.path(relative)
+        if not self.local:
+            with self.fs.open(final, "wb") as file:
+                yield file
+            return
+        temporary = Path(final).with_name(f".tmp-{uuid.uuid4().hex}-{Path(final).name}")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            os.replace(temporary, final)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_bytes(self, relative: str) -> bytes:
+        """A whole file."""
+        return bytes(self.fs.cat_file(self.path(relative)))
+
+    def read_json(self, relative: str) -> Any:
+        """A JSON file, or None if there is none."""
+        try:
+            return json.loads(self.read_bytes(relative))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{self.uri}/{relative}: not valid JSON: {error}") from error
+
+    def write_json(self, relative: str, value: Any) -> None:
+        """A JSON file, whole or not at all."""
+        with self.write(relative) as file:
+            file.write(json.dumps(value, indent=1, allow_nan=False).encode())
+
+    def read_table(self, relative: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        """One Parquet file."""
+        return pq.read_table(
+            self.path(relative), columns=columns, filters=filters, filesystem=self.arrow_fs, partitioning=None
+        )
+
+    def write_table(self, relative: str, table: pa.Table) -> None:
+        """One Parquet file, whole or not at all."""
+        with self.write(relative) as file:
+            pq.write_table(table, file, compression="zstd", row_group_size=1 << 18)
+
+    # -- folders -------------------------------------------------------------------------------------------
+
+    def publish(self, staging: str, folder: str) -> None:
+        """Moves a finished folder, whose manifest.json is complete, to the name its readers use.
+
+        Locally one rename. Object stores have none, so the files are copied and the manifest last.
+        """
+        if self.local:
+            target = Path(self.path(folder))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                old = self.path("_work", f"replaced-{uuid.uuid4().hex}")
+                os.rename(target, old)
+                os.rename(self.path(staging), target)
+                self.fs.rm(old, recursive=True)
+            else:
+                os.rename(self.path(staging), target)
+            return
+        files = self.list(staging)
+        kept = {folder + name[len(staging) :] for name in files}
+        stale = [name for name in self.list(folder) if name not in kept]
+        if self.exists(f"{folder}/{MANIFEST}"):
+            self.fs.rm(self.path(folder, MANIFEST))
+        for name in sorted(files, key=lambda n: n.endswith(MANIFEST)):
+            self.fs.copy(self.path(name), self.path(folder + name[len(staging) :]))
+        for name in stale:
+            self.fs.rm(self.path(name))
+        self.remove(staging)
+
+    # -- other libraries -----------------------------------------------------------------------------------
+
+    @property
+    def arrow_fs(self) -> pafs.FileSystem:
+        """The same file system for Arrow and Ray."""
+        return pafs.LocalFileSystem() if self.local else pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))

@@ -1,0 +1,23 @@
+"""The sources: one file per trace says what its raw tables hold and how their rows become canonical ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fleetcast.traces import alibaba_2018
+from fleetcast.traces.raw import Table
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One source format."""
+
+    tables: Mapping[str, Table]
+    metrics: tuple[str, ...]
+    """Every metric of its telemetry, in the order of the columns."""
+
+
+TRACES: dict[str, Trace] = {
+    "alibaba-2018": Trace(alibaba_2018.TABLES, alibaba_2018.METRICS),
+}

@@ -1,0 +1,296 @@
+"""Alibaba cluster-trace-v2018: six headerless tables of machines, containers and batch jobs.
+
+Times are seconds from the trace's start. Container stamps run one day later than machine stamps; the publisher
+says that both are right, so they are used as they are. Utilisations, network and bandwidth are percent of
+capacity (0-100); -1 and 101 mark invalid values. A file is in no order, so order is never relied on.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from fleetcast.traces.raw import Binning, Table
+
+#: Metric → raw column, and what to divide it by to reach our unit.
+_USAGE = {
+    "cpu": ("cpu_util_percent", 100.0),
+    "memory": ("mem_util_percent", 100.0),
+    "disk_io": ("disk_io_percent", 100.0),
+    "net_in": ("net_in", 100.0),
+    "net_out": ("net_out", 100.0),
+    "memory_bandwidth": ("mem_gps", 100.0),
+}
+_MACHINE_USAGE = {**_USAGE, "mpki": ("mkpi", 1.0)}  # spelt so in the schema
+_CONTAINER_USAGE = {**_USAGE, "mpki": ("mpki", 1.0), "cpi": ("cpi", 1.0)}
+
+#: Every metric that this source has, in the order of the telemetry's columns.
+METRICS = tuple(_CONTAINER_USAGE)
+
+#: A stamp later than this is a broken clock, not a long trace.
+_LATEST = 10 * 366 * 86_400
+
+_text, _integer, _real = pl.String, pl.Int64, pl.Float32
+
+
+def _missing(column: str) -> dict[str, pl.Expr]:
+    return {f"{column} is empty": pl.col(column).is_null()}
+
+
+def _clock(column: str) -> dict[str, pl.Expr]:
+    time = pl.col(column)
+    return {
+        f"{column} is empty": time.is_null(),
+        f"{column} is outside 0 to 10 years": ~time.is_between(0, _LATEST),
+    }
+
+
+#: Running and Waiting records carry end_time 0; any other end before the start is a clock that ran backwards.
+_ENDS_EARLY = {
+    "end_time is before start_time": (pl.col("end_time") != 0) & (pl.col("end_time") < pl.col("start_time"))
+}
+
+
+def _invalid(usage: dict[str, tuple[str, float]]) -> dict[str, pl.Expr]:
+    """Present values that no fraction of capacity, and no count, can have."""
+    return {
+        column: ~(pl.col(column).is_between(0, 100) if divisor == 100.0 else pl.col(column).ge(0))
+        for column, divisor in usage.values()
+    }
+
+
+def _unix(column: str, binning: Binning, width: int) -> pl.Expr:
+    """Start of the bin or slice of `width` seconds in which a stamp lies, as UTC."""
+    seconds = pl.col(column) // width * width + binning.start
+    return (seconds * 1000).cast(pl.Datetime("ms", "UTC"))
+
+
+def _bins(
+    frame: pl.DataFrame, entity: str, usage: dict[str, tuple[str, float]], binning: Binning
+) -> pl.DataFrame:
+    """Samples → per entity and bin, and per metric, sum, count and maximum of the valid values; and `samples`."""
+    metrics = list(usage)
+    invalid = _invalid(usage)
+    valid = [
+        pl.when(~invalid[column]).then(pl.col(column).cast(pl.Float32)).alias(metric)
+        for metric, (column, _) in usage.items()
+    ]
+    bins = (
+        frame.lazy()
+        .select(
+            pl.col(entity).alias("entity"),
+            (pl.col("time_stamp") // binning.step).cast(pl.Int32).alias("bin"),
+            *valid,
+        )
+        .group_by("entity", "bin")
+        .agg(
+            pl.col(metrics).cast(pl.Float64).sum().name.suffix("_sum"),
+            pl.col(metrics).count().name.suffix("_count"),
+            pl.col(metrics).max().name.suffix("_max"),
+            pl.len().alias("samples"),
+        )
+        .collect()
+    )
+    scaled = [
+        (pl.col(f"{metric}{part}") / divisor).cast(dtype)
+        for metric, (_, divisor) in usage.items()
+        for part, dtype in (("_sum", pl.Float64), ("_max", pl.Float32))
+    ]
+    time = ((pl.col("bin").cast(pl.Int64) * binning.step + binning.start) * 1000).cast(pl.Datetime("ms", "UTC"))
+    return bins.with_columns(time.alias("time"), *scaled).drop("bin")
+
+
+def _entities(frame: pl.DataFrame, **columns: pl.Expr) -> pl.DataFrame:
+    """Entities as seen in a block: `seen` is the last second that says so; unnamed columns are null."""
+    empty = {
+        "kind": pl.String,
+        "parent": pl.String,
+        "service": pl.String,
+        "cpu_capacity": pl.Float32,
+        "memory_capacity": pl.Float32,
+        "measured": pl.Boolean,
+    }
+    filled = {name: columns.get(name, pl.lit(None)).cast(dtype) for name, dtype in empty.items()}
+    seen = columns.get("seen", pl.col("time_stamp")).cast(pl.Int64)
+    return frame.select(columns["entity"].alias("entity"), **filled, seen=seen)
+
+
+def _machine_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    machines = _entities(
+        frame,
+        entity=pl.col("machine_id"),
+        kind=pl.lit("machine"),
+        cpu_capacity=pl.col("cpu_num"),
+        memory_capacity=pl.col("mem_size"),
+    )
+    return {"entities": machines}
+
+
+def _machine_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    names = frame.group_by("machine_id").agg(pl.col("time_stamp").max())
+    return {
+        "machine": _bins(frame, "machine_id", _MACHINE_USAGE, binning),
+        "entities": _entities(
+            names, entity=pl.col("machine_id"), kind=pl.lit("machine"), measured=pl.lit(True)
+        ),
+    }
+
+
+def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    containers = _entities(
+        frame,
+        entity=pl.col("container_id"),
+        kind=pl.lit("container"),
+        parent=pl.col("machine_id"),
+        service=pl.col("app_du"),
+        cpu_capacity=pl.col("cpu_limit") / 100,  # 100 = one core
+        memory_capacity=pl.col("mem_size"),
+    )
+    placed = frame.drop_nulls(["machine_id", "app_du"]).select(
+        container="container_id",
+        machine="machine_id",
+        service="app_du",
+        start=_unix("time_stamp", binning, 1),
+        running=pl.col("status") != "stopped",
+    )
+    return {"entities": containers, "hosted": placed}
+
+
+def _container_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    names = frame.group_by("container_id").agg(pl.col("machine_id").last(), pl.col("time_stamp").max())
+    containers = _entities(
+        names,
+        entity=pl.col("container_id"),
+        kind=pl.lit("container"),
+        parent=pl.col("machine_id"),
+        measured=pl.lit(True),
+    )
+    return {"container": _bins(frame, "container_id", _CONTAINER_USAGE, binning), "entities": containers}
+
+
+def _batch_task(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    tasks = frame.select("job_name", "task_name", slice=_unix("start_time", binning, binning.slice))
+    return {"tasks": tasks.filter(pl.col("task_name").str.contains(r"^[A-Za-z]\d+(_|$)"))}
+
+
+def _batch_instance(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
+    started = frame.filter(pl.col("machine_id").is_not_null() & (pl.col("start_time") > 0)).select(
+        "job_name",
+        "task_name",
+        machine="machine_id",
+        slice=_unix("start_time", binning, binning.slice),
+    )
+    keys = ["job_name", "task_name", "machine", "slice"]
+    return {"instances": started.group_by(keys).agg(pl.len().cast(pl.Int64).alias("instances"))}
+
+
+TABLES: dict[str, Table] = {
+    table.name: table
+    for table in (
+        Table(
+            "machine_meta",
+            {
+                "machine_id": _text,
+                "time_stamp": _integer,
+                "failure_domain_1": _text,
+                "failure_domain_2": _text,
+                "cpu_num": _integer,
+                "mem_size": _real,
+                "status": _text,
+            },
+            _missing("machine_id") | _clock("time_stamp"),
+            {},
+            _machine_meta,
+        ),
+        Table(
+            "machine_usage",
+            {
+                "machine_id": _text,
+                "time_stamp": _integer,
+                "cpu_util_percent": _real,
+                "mem_util_percent": _real,
+                "mem_gps": _real,
+                "mkpi": _real,
+                "net_in": _real,
+                "net_out": _real,
+                "disk_io_percent": _real,
+            },
+            _missing("machine_id") | _clock("time_stamp"),
+            _invalid(_MACHINE_USAGE),
+            _machine_usage,
+        ),
+        Table(
+            "container_meta",
+            {
+                "container_id": _text,
+                "machine_id": _text,
+                "time_stamp": _integer,
+                "app_du": _text,
+                "status": _text,
+                "cpu_request": _real,
+                "cpu_limit": _real,
+                "mem_size": _real,
+            },
+            _missing("container_id") | _clock("time_stamp"),
+            {},
+            _container_meta,
+        ),
+        Table(
+            "container_usage",
+            {
+                "container_id": _text,
+                "machine_id": _text,
+                "time_stamp": _integer,
+                "cpu_util_percent": _real,
+                "mem_util_percent": _real,
+                "cpi": _real,
+                "mem_gps": _real,
+                "mpki": _real,
+                "net_in": _real,
+                "net_out": _real,
+                "disk_io_percent": _real,
+            },
+            _missing("container_id") | _clock("time_stamp"),
+            _invalid(_CONTAINER_USAGE),
+            _container_usage,
+        ),
+        Table(
+            "batch_task",
+            {
+                "task_name": _text,
+                "instance_num": _real,
+                "job_name": _text,
+                "task_type": _text,
+                "status": _text,
+                "start_time": _integer,
+                "end_time": _integer,
+                "plan_cpu": _real,
+                "plan_mem": _real,
+            },
+            _missing("job_name") | _missing("task_name") | _clock("start_time") | _ENDS_EARLY,
+            {},
+            _batch_task,
+        ),
+        Table(
+            "batch_instance",
+            {
+                "instance_name": _text,
+                "task_name": _text,
+                "job_name": _text,
+                "task_type": _text,
+                "status": _text,
+                "start_time": _integer,
+                "end_time": _integer,
+                "machine_id": _text,
+                "seq_no": _real,
+                "total_seq_no": _real,
+                "cpu_avg": _real,
+                "cpu_max": _real,
+                "mem_avg": _real,
+                "mem_max": _real,
+            },
+            _missing("job_name") | _missing("task_name") | _clock("start_time") | _ENDS_EARLY,
+            {},
+            _batch_instance,
+        ),
+    )
+}

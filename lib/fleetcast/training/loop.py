@@ -1,0 +1,194 @@
+"""The training loop of one process among several, in plain torch.
+
+The loss is the mean squared error of the mean (stgnn, eq. 4; fusion, eq. 7) plus the pinball loss of the
+quantiles, over observed targets only. Sums and counts are added over all ranks before they are divided, so two
+ranks with a batch each take the step that one rank takes with both.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fleetcast.models.base import Model, Output
+from fleetcast.training.options import TrainOptions
+from fleetcast.windows import order
+from fleetcast.windows.batch import Batch
+from fleetcast.windows.loader import Shards
+
+log = logging.getLogger("fleetcast")
+
+
+class DivergedError(RuntimeError):
+    """The loss is not a finite number."""
+
+
+@dataclass
+class Progress:
+    """What a resumed run must know beside the tensors."""
+
+    epoch: int = 0
+    """Epochs that are complete."""
+    best_loss: float = math.inf
+    best_epoch: int = -1
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def finished(self, options: TrainOptions) -> bool:
+        """Whether the last epoch is over or the validation loss has stopped falling."""
+        return self.epoch >= options.epochs or self.epoch - 1 - self.best_epoch >= options.patience
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint; JSON has no infinity."""
+        return asdict(self) | {"best_loss": self.best_loss if math.isfinite(self.best_loss) else None}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Progress:
+        """What `to_json` gave."""
+        return cls(**(saved | {"best_loss": math.inf if saved["best_loss"] is None else saved["best_loss"]}))
+
+
+@dataclass
+class Run:
+    """Everything of a training run on one rank."""
+
+    net: nn.Module
+    """The model, wrapped for DDP where there are several ranks."""
+    optimizer: torch.optim.AdamW
+    shards: Shards
+    options: TrainOptions
+    levels: tuple[float, ...]
+    progress: Progress
+    best: dict[str, Tensor]
+    """Weights of the best epoch so far."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def model(self) -> Model:
+        """The model itself."""
+        return cast(Model, getattr(self.net, "module", self.net))
+
+
+def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
+    """Runs all epochs that are left; `save` is called after each, on every rank, with its figures.
+
+    Raises DivergedError with epoch and step if the loss is not finite.
+    """
+    while not run.progress.finished(run.options):
+        epoch = run.progress.epoch
+        # An epoch's randomness comes from seed, epoch and rank alone, so a resumed run draws what an
+        # uninterrupted one draws.
+        torch.manual_seed(hash((run.options.seed, epoch, run.rank)) % 2**31)
+        started = time.monotonic()
+        train_loss, windows = _train_epoch(run)
+        val_loss = validate(run)
+        seconds = time.monotonic() - started
+        if val_loss < run.progress.best_loss:
+            run.progress.best_loss, run.progress.best_epoch = val_loss, epoch
+            run.best = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
+        figures = {"train_loss": train_loss, "val_loss": val_loss, "seconds": seconds}
+        run.progress.history.append(figures)
+        run.progress.epoch += 1
+        if run.rank == 0:
+            log.info(
+                "epoch %d/%d: train loss %.4f, validation loss %.4f (best %.4f in epoch %d), %s windows/s",
+                epoch + 1,
+                run.options.epochs,
+                train_loss,
+                val_loss,
+                run.progress.best_loss,
+                run.progress.best_epoch + 1,
+                f"{windows / seconds:,.0f}",
+            )
+        save(run, figures)
+
+
+def _train_epoch(run: Run) -> tuple[float, int]:
+    """Mean loss over the epoch's observed targets, and windows seen by all ranks."""
+    o = run.options
+    epoch = run.progress.epoch
+    for group in run.optimizer.param_groups:
+        group["lr"] = o.learning_rate * (1 + math.cos(math.pi * epoch / o.epochs)) / 2
+    plan = order.training(
+        run.shards.manifest, o.batch_size, o.seed, epoch, run.rank, run.world, o.steps_per_epoch
+    )
+    run.net.train()
+    total = torch.zeros(2, dtype=torch.float64)
+    windows, last = 0, time.monotonic()
+    started = last
+    for step, batch in enumerate(run.shards.batches(plan)):
+        loss, count = _losses(run, batch)
+        global_count = _sum_over_ranks(run, count.double()[None])[0]
+        # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
+        mean = loss * (run.world / global_count.clamp(min=1)).to(loss.dtype)
+        if not torch.isfinite(mean):
+            raise DivergedError(f"epoch {epoch + 1}, step {step + 1}: the loss is {mean.item()}")
+        run.optimizer.zero_grad(set_to_none=True)
+        mean.backward()
+        nn.utils.clip_grad_norm_(run.net.parameters(), o.clip_norm)
+        run.optimizer.step()
+        total += torch.stack([loss.detach().double().cpu(), count.double().cpu()])
+        windows += len(batch.origins) * run.world
+        now = time.monotonic()
+        if run.rank == 0 and now - last > 5:
+            last = now
+            log.info(
+                "epoch %d/%d, step %d/%d: loss %.4f, %s windows/s",
+                epoch + 1,
+                o.epochs,
+                step + 1,
+                len(plan),
+                float(mean),
+                f"{windows / (now - started):,.0f}",
+            )
+    loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()
+    return loss_sum / max(seen, 1), windows
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """Mean loss over every observed target of the validation part, the same on all ranks."""
+    run.net.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    plan = order.evaluation(run.shards.manifest, "val", run.options.batch_size, run.rank, run.world)
+    for batch in run.shards.batches(plan):
+        # Not through DDP: ranks may have different numbers of batches here.
+        loss, count = _losses(run, batch, run.model)
+        total += torch.stack([loss.double().cpu(), count.double().cpu()])
+    loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()
+    return loss_sum / max(seen, 1)
+
+
+def _losses(run: Run, batch: Batch, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    batch = batch.to(run.device)
+    # bfloat16 needs no loss scaling; on a CPU it would be slower than float32.
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
+        output = (net or run.net)(batch)
+    return loss_sum(output, batch, run.levels)
+
+
+def loss_sum(output: Output, batch: Batch, levels: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Summed loss over observed targets, and how many there are."""
+    mask = batch.y_mask
+    loss = (output.mean - batch.y) ** 2
+    if output.quantiles is not None:
+        q = torch.tensor(levels, device=batch.y.device)
+        under = batch.y[..., None] - output.quantiles
+        loss = loss + torch.maximum(q * under, (q - 1) * under).mean(-1)
+    return torch.where(mask, loss, 0.0).sum(), mask.sum()
+
+
+def _sum_over_ranks(run: Run, value: Tensor) -> Tensor:
+    if run.world > 1:
+        value = value.to(run.device)
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,255 @@
+"""The training job: Ray Train around the loop, then evaluation, then a model in the store.
+
+Everything that a run depends on makes its name, so the same command finds the run it was, goes on from the last
+checkpoint, and does nothing once the model is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetcast import __version__, models
+from fleetcast.evaluation import metrics as figures_of
+from fleetcast.models import saving
+from fleetcast.models.base import Geometry, ModelConfig
+from fleetcast.runtime import PeakMemory, set_up_logging
+from fleetcast.schemas import QUANTILES
+from fleetcast.store import MANIFEST, Store, fingerprint
+from fleetcast.training import checkpoints
+from fleetcast.training.evaluate import Evaluation, evaluate, scaled_mae
+from fleetcast.training.loop import Progress, Run, train
+from fleetcast.training.options import TrainOptions
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.calendar import FEATURES
+from fleetcast.windows.loader import Shards
+from fleetcast.windows.manifest import Manifest
+
+log = logging.getLogger("fleetcast")
+
+SELECTED = "models/selected.json"
+
+
+def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
+    """Trains, evaluates and saves a model, and selects it if it beats the naive rungs on the validation part."""
+    store.open_existing()
+    manifest = manifests.load(store, options.windows)
+    config: ModelConfig = getattr(options, options.model)
+    relevant = options.model_dump(mode="json", exclude={"max_failures", "cpus_per_worker"})
+    digest = fingerprint([manifest.fingerprint, relevant])
+    end = datetime.fromtimestamp(manifest.start + manifest.step * manifest.steps, UTC)
+    folder = f"models/{options.model}/{end:%Y%m%dT%H%M%SZ}-{digest}"
+    if store.exists(f"{folder}/{MANIFEST}"):
+        log.info("train: %s is complete", folder)
+        saved = store.read_json(f"{folder}/metrics.json")
+        return {**saved["summary"], "model": folder, "selected": _select(store, folder), "skipped": True}
+
+    geometry = Geometry(
+        history=manifest.history,
+        horizon=manifest.horizon,
+        metrics=manifest.metrics,
+        lags=manifest.lags,
+        calendar=FEATURES,
+        quantiles=QUANTILES,
+    )
+    progress, weights, peak = _fit(store, manifest, options, geometry, digest)
+    work = f"_work/models/{digest}"
+    saving.save(store, f"{work}/model", options.model, config, geometry, weights)
+    evaluation = evaluate(store, manifest, f"{work}/model", options.model, f"{work}/evaluation")
+    summary = _summary(manifest, options, progress, evaluation)
+    summary["peak_bytes"] = max(peak, evaluation.peak_bytes)
+    _describe(store, f"{work}/model", manifest, options, evaluation, summary, progress)
+    store.publish(f"{work}/model", folder)
+    store.remove(work)
+    store.remove(f"_work/training/{digest}")
+    return {**summary, "model": folder, "selected": _select(store, folder), "skipped": False}
+
+
+def _fit(
+    store: Store, manifest: Manifest, options: TrainOptions, geometry: Geometry, digest: str
+) -> tuple[Progress, dict[str, torch.Tensor], int]:
+    """Runs Ray Train to the end; returns progress, the best weights, and the largest memory of a worker."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    def worker(_: dict[str, Any]) -> int:
+        return _worker(store, manifest, options, geometry)
+
+    gpu = {"GPU": 1.0} if options.gpu else {}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={},
+        torch_config=TorchConfig(backend="nccl" if options.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=options.workers,
+            use_gpu=options.gpu,
+            resources_per_worker={"CPU": options.cpus_per_worker, **gpu},
+        ),
+        run_config=RunConfig(
+            name=digest,
+            storage_path=store.path("_work/training"),
+            storage_filesystem=store.arrow_fs,
+            failure_config=FailureConfig(max_failures=options.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    log.info(
+        "train: %s on %d worker(s), %d training windows of %d group(s)",
+        options.model,
+        options.workers,
+        manifest.windows("train") * len(manifest.groups),
+        len(manifest.groups),
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None, "every epoch reports a checkpoint"
+    with result.checkpoint.as_directory() as folder:
+        best = checkpoints.read_best(Path(folder))
+        return checkpoints.read_progress(Path(folder)), best, int(result.return_value or 0)
+
+
+def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: Geometry) -> int:
+    """One rank: from the last checkpoint to the end. Returns the largest memory of the process."""
+    import ray.train
+    import ray.train.torch
+
+    set_up_logging("INFO")
+    peak = PeakMemory()
+    context = ray.train.get_context()
+    config: ModelConfig = getattr(options, options.model)
+    torch.manual_seed(options.seed)
+    net = models.build(options.model, config.model_dump(), geometry)
+    device = ray.train.torch.get_device()
+    run = Run(
+        net=net,
+        optimizer=torch.optim.AdamW(
+            net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+        ),
+        shards=Shards(store, manifest),
+        options=options,
+        levels=geometry.quantiles,
+        progress=Progress(),
+        best={},
+        device=device,
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+    )
+    last = ray.train.get_checkpoint()
+    if last is not None:
+        with last.as_directory() as folder:
+            checkpoints.restore(run, Path(folder))
+        log.info("train: rank %d goes on after epoch %d", run.rank, run.progress.epoch)
+    run.net = ray.train.torch.prepare_model(net)
+
+    def save(run: Run, figures: dict[str, float]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if run.rank == 0:
+                checkpoints.write(run, Path(folder))
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(figures, checkpoint=checkpoint)
+
+    train(run, save)
+    return peak.bytes()
+
+
+def _summary(
+    manifest: Manifest, options: TrainOptions, progress: Progress, evaluation: Evaluation
+) -> dict[str, Any]:
+    """The figures that decide and that a run prints: errors as MAE ÷ training std, mean over metrics."""
+    test = {rung: scaled_mae(found, manifest) for rung, found in evaluation.test.items()}
+    pooled = evaluation.test[options.model].scores.pooled()
+    coverage = {
+        f"{nominal:.0%}": round(float(np.nanmean(figures_of.coverage(pooled, nominal))), 4)
+        for nominal in figures_of.INTERVALS
+    }
+    return {
+        "rung": options.model,
+        "epochs": progress.epoch,
+        "best_epoch": progress.best_epoch + 1,
+        "validation_error": {r: scaled_mae(f, manifest) for r, f in evaluation.validation.items()},
+        "test_error": test,
+        "coverage": coverage,
+    }
+
+
+def _describe(
+    store: Store,
+    folder: str,
+    manifest: Manifest,
+    options: TrainOptions,
+    evaluation: Evaluation,
+    summary: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Everything beside the weights: figures, score states, calibration, provenance."""
+    store.write_json(f"{folder}/metrics.json", {"summary": summary, "history": progress.history})
+    scores = {rung: found.scores.to_json() for rung, found in evaluation.test.items()}
+    store.write_json(f"{folder}/scores.json", scores)
+    store.write_json(
+        f"{folder}/calibration.json",
+        {
+            "levels": list(QUANTILES),
+            "shifts": {rung: shifts.tolist() for rung, shifts in evaluation.shifts.items()},
+            "total_shifts": {rung: shifts.tolist() for rung, shifts in evaluation.total_shifts.items()},
+        },
+    )
+    store.write_json(
+        f"{folder}/{MANIFEST}",
+        {
+            "data": manifest.fingerprint,
+            "windows": manifest.name,
+            "level": manifest.level,
+            "step": manifest.step,
+            "scaler": manifest.scaler.model_dump(mode="json"),
+            "seasonal_error": list(manifest.seasonal_error),
+            "options": options.model_dump(mode="json"),
+            "command": sys.argv,
+            "commit": _commit(),
+            "versions": {
+                "fleetcast": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "torch-geometric", "ray", "polars", "numpy")},
+            },
+        },
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, if it runs from a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _select(store: Store, folder: str) -> str:
+    """Points `selected.json` at a model; at its best naive rung where the model is not better on validation."""
+    summary = store.read_json(f"{folder}/metrics.json")["summary"]
+    errors = summary["validation_error"]
+    naive = min((rung for rung in errors if rung != summary["rung"]), key=errors.__getitem__)
+    better = errors[summary["rung"]] < errors[naive]
+    selected = {
+        "model": folder,
+        "rung": summary["rung"] if better else naive,
+        "naive": naive,
+        "reason": f"validation error {errors[summary['rung']]:.4f}, {naive} {errors[naive]:.4f}",
+    }
+    store.write_json(SELECTED, selected)
+    log.info("selected: %s (%s)", selected["rung"], selected["reason"])
+    return str(selected["rung"])

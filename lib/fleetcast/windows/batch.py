@@ -1,0 +1,64 @@
+"""The contract between the data and every model: one batch of windows of one entity group.
+
+Letters: B windows, L look-back steps, H horizon steps, N entities, F input metrics, S seasonal lags,
+C time features, E edges of all B windows together, Q quantiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The dependencies in force at each window's origin, as one block-diagonal graph over B · N nodes.
+
+    Node b · N + n is entity n in window b, so a layer sees all windows at once and no edge joins two windows.
+    An edge carries load from row 0 (source) to row 1 (target).
+    """
+
+    index: Tensor
+    """[2, E] int64."""
+    weight: Tensor
+    """[E] float32, positive."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows of N entities. All values are scaled; where the mask is False a value is a filling."""
+
+    x: Tensor
+    """[B, L, N, F] look-back."""
+    mask: Tensor
+    """[B, L, N, F] bool: observed."""
+    time_x: Tensor
+    """[B, L, C] time features of the look-back."""
+    time_y: Tensor
+    """[B, H, C] time features of the horizon: known in advance."""
+    seasonal: Tensor
+    """[B, H, N, F, S] the value one lag (a day, a week) before each target step: known in advance."""
+    seasonal_mask: Tensor
+    """[B, H, N, F, S] bool."""
+    edges: Edges
+    y: Tensor
+    """[B, H, N, F] targets; zero where not observed."""
+    y_mask: Tensor
+    """[B, H, N, F] bool: observed, hence counted."""
+    origins: Tensor
+    """[B] int64: the step of the first target, counted from the dataset's start."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on another device."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if field.name != "edges"
+        }
+        edges = Edges(
+            self.edges.index.to(device, non_blocking=True), self.edges.weight.to(device, non_blocking=True)
+        )
+        return Batch(edges=edges, **moved)

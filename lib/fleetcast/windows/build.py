@@ -1,0 +1,231 @@
+"""Telemetry and dependencies → shards, in two passes over files.
+
+First each telemetry file is taken apart by entity group, brought to the dataset's step, and written with one row
+group per entity group; the same for each file of dependencies. Then each shard reads its row groups of the days
+it touches. No pass holds more than one file or one shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from fleetcast import schemas
+from fleetcast.config import Options
+from fleetcast.store import Store
+from fleetcast.windows.edges import combine
+from fleetcast.windows.manifest import Scaler, Shard
+
+
+class Grid(Options):
+    """The axes of a dataset, before its shards are built."""
+
+    metrics: tuple[str, ...]
+    start: int
+    step: int
+    steps: int
+    lag: int | None
+    """The first seasonal lag [steps], for the unit of MASE."""
+    train: int
+    """Steps of the training part."""
+    kinds: tuple[str, ...]
+    """Kinds of dependencies that become edges."""
+
+
+def _is_maximum(metric: str) -> bool:
+    return metric.endswith("_max")
+
+
+def split_telemetry(store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid) -> dict[str, Any]:
+    """One telemetry file → rows of (`step`, `index`, sums, counts, maxima), one row group per entity group.
+
+    `units` maps `entity` to its `group` and `index`; several entities may share one, as containers of a service
+    do. Returns which group lies in which row group.
+    """
+    table: Any = pl.from_arrow(store.read_table(source, columns=["entity", "time", *grid.metrics]))
+    step = (pl.col("time").dt.epoch("s") - grid.start) // grid.step
+    parts = [
+        part
+        for m in grid.metrics
+        for part in (
+            [pl.col(m).max()]
+            if _is_maximum(m)
+            else [pl.col(m).cast(pl.Float64).sum(), pl.col(m).count().alias(f"{m}#")]
+        )
+    ]
+    rows = (
+        table.lazy()
+        .with_columns(pl.col("entity").cast(pl.String), step=step.cast(pl.Int32))
+        .filter(pl.col("step").is_between(0, grid.steps - 1))
+        .join(units.lazy(), on="entity")
+        .group_by("group", "step", "index")
+        .agg(parts)
+        .sort("group", "step", "index")
+        .collect()
+    )
+    return {"groups": _write_by_group(store, target, rows)}
+
+
+def split_dependencies(
+    store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid
+) -> dict[str, Any]:
+    """One file of dependencies → its edges inside entity groups, kinds combined, one row group per group."""
+    table: Any = pl.from_arrow(store.read_table(source))
+    edges = combine(table.with_columns(pl.col("source", "target").cast(pl.String)), grid.kinds)
+    inside = (
+        edges.join(units.select(source="entity", group="group", **{"from": "index"}), on="source")
+        .join(units.select(target="entity", other="group", to="index"), on="target")
+        .filter(pl.col("group") == pl.col("other"))
+        .select("group", "time", "weight", source="from", target="to")
+        .sort("group", "time", "target", "source")
+    )
+    return {"groups": _write_by_group(store, target, inside)}
+
+
+def _write_by_group(store: Store, target: str, rows: pl.DataFrame) -> list[int]:
+    """Writes rows sorted by `group`, without that column; returns the groups in the order of the row groups."""
+    groups = rows["group"].unique().sort().to_list()
+    schema = rows.drop("group").head(0).to_arrow().schema
+    with store.write(target) as file, pq.ParquetWriter(file, schema, compression="lz4") as writer:
+        for group in groups:
+            writer.write_table(rows.filter(pl.col("group") == group).drop("group").to_arrow().cast(schema))
+    return [int(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Where a shard finds rows of its group."""
+
+    path: str
+    number: int
+
+
+def read_row_groups(store: Store, parts: list[RowGroup]) -> pl.DataFrame | None:
+    """The rows of all parts, or None if there are no parts."""
+    tables = []
+    for part in parts:
+        with store.fs.open(store.path(part.path), "rb") as file:
+            tables.append(pq.ParquetFile(file).read_row_group(part.number))
+    frame: Any = pl.from_arrow(pa.concat_tables(tables)) if tables else None
+    return frame
+
+
+def build_shard(
+    store: Store,
+    grid: Grid,
+    shard: Shard,
+    entities: tuple[str, ...],
+    telemetry: list[RowGroup],
+    edges: list[RowGroup],
+    targets: tuple[str, str],
+) -> dict[str, Any]:
+    """Writes a shard's values and edges to `targets`; returns what the scaler needs to know of it."""
+    dense = _dense(grid, shard, len(entities), read_row_groups(store, telemetry))
+    store.write_table(targets[0], _long(grid, shard, entities, dense))
+    found = read_row_groups(store, edges)
+    store.write_table(targets[1], _shard_edges(grid, shard, found))
+    return _statistics(grid, shard, dense)
+
+
+def _dense(grid: Grid, shard: Shard, entities: int, rows: pl.DataFrame | None) -> NDArray[np.float32]:
+    """[T, N, F] means and maxima, NaN where there was no sample."""
+    dense = np.full((shard.last - shard.first, entities, len(grid.metrics)), np.nan, np.float32)
+    if rows is None:
+        return dense
+    rows = rows.filter(pl.col("step").is_between(shard.first, shard.last - 1))
+    sums = [c for c in rows.columns if c not in ("step", "index") and not _is_maximum(c)]
+    maxima = [c for c in rows.columns if _is_maximum(c)]
+    # A service's containers may lie in several files.
+    merged = rows.group_by("step", "index", maintain_order=True).agg(pl.col(sums).sum(), pl.col(maxima).max())
+    at = (merged["step"].to_numpy() - shard.first, merged["index"].to_numpy())
+    for f, metric in enumerate(grid.metrics):
+        value = pl.col(metric)
+        if not _is_maximum(metric):
+            value = pl.when(pl.col(f"{metric}#") > 0).then(value / pl.col(f"{metric}#"))
+        column = merged.select(value.cast(pl.Float32).fill_null(float("nan")))[metric]
+        dense[*at, f] = column.to_numpy()
+    return dense
+
+
+def _long(grid: Grid, shard: Shard, entities: tuple[str, ...], dense: NDArray[np.float32]) -> pa.Table:
+    """A row for each step and entity, in that order, so the columns reshape to [T, N]."""
+    steps, n, _ = dense.shape
+    times = (grid.start + grid.step * np.arange(shard.first, shard.last, dtype=np.int64)) * 1000
+    columns = {
+        "time": pa.array(np.repeat(times, n)).cast(schemas.TIME),
+        "entity": pa.DictionaryArray.from_arrays(np.tile(np.arange(n, dtype=np.int32), steps), list(entities)),
+    }
+    for f, metric in enumerate(grid.metrics):
+        columns[metric] = pa.array(np.ascontiguousarray(dense[:, :, f]).reshape(-1))
+    return pa.table(columns)
+
+
+def _shard_edges(grid: Grid, shard: Shard, found: pl.DataFrame | None) -> pa.Table:
+    """`time` of the slice, `source` and `target` as positions in the group's entities, `weight`."""
+    empty = {"time": pl.Datetime("ms", "UTC"), "source": pl.Int32, "target": pl.Int32, "weight": pl.Float32}
+    edges = pl.DataFrame(schema=empty) if found is None else found
+    seconds = pl.col("time").dt.epoch("s")
+    low, high = (grid.start + grid.step * at for at in (shard.first, shard.last))
+    return (
+        edges.select(pl.col(name).cast(dtype) for name, dtype in empty.items())
+        .filter(seconds.is_between(low - 86_400, high))
+        .to_arrow()
+    )
+
+
+def _statistics(grid: Grid, shard: Shard, dense: NDArray[np.float32]) -> dict[str, Any]:
+    """Sums over the shard's own steps, which partition the dataset, of the training part and of all."""
+    own = slice(shard.start - shard.first, min(shard.stop, grid.steps) - shard.first)
+    values = dense[own].astype(np.float64)
+    train = values[: max(0, grid.train - shard.start)]
+    seen = np.isfinite(train)
+    shown = np.where(seen, train, 0)
+    statistics = {
+        "count": seen.sum((0, 1)),
+        "sum": shown.sum((0, 1)),
+        "squares": (shown**2).sum((0, 1)),
+        "observed": np.isfinite(values).sum((0, 1)),
+        "cells": np.full(len(grid.metrics), values.shape[0] * values.shape[1]),
+        "seasonal_sum": np.zeros(len(grid.metrics)),
+        "seasonal_count": np.zeros(len(grid.metrics)),
+    }
+    if grid.lag is not None and len(train):
+        at = np.arange(shard.start, shard.start + len(train)) - shard.first
+        at = at[at >= grid.lag]
+        change = np.abs(dense[at] - dense[at - grid.lag]).astype(np.float64)
+        statistics["seasonal_sum"] = np.nansum(change, (0, 1))
+        statistics["seasonal_count"] = np.isfinite(change).sum((0, 1))
+    return {name: np.asarray(value, np.float64).tolist() for name, value in statistics.items()}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the statistics of all shards say together."""
+
+    scaler: Scaler
+    seasonal_error: tuple[float, ...]
+    observed: tuple[float, ...]
+    unseen: tuple[int, ...]
+    """Positions of metrics without a single value in the training part."""
+
+
+def summarise(statistics: list[dict[str, list[float]]]) -> Summary:
+    """Sums over shards → scaler, unit of MASE, share of observed values. A constant metric has std 1."""
+    total = {name: np.sum([s[name] for s in statistics], axis=0) for name in statistics[0]}
+    count = np.maximum(total["count"], 1)
+    mean = total["sum"] / count
+    variance = np.maximum(total["squares"] / count - mean**2, 0)
+    std = np.where(variance > 1e-12, np.sqrt(variance), 1)
+    seasonal = total["seasonal_sum"] / np.maximum(total["seasonal_count"], 1)
+    return Summary(
+        Scaler(mean=tuple(mean), std=tuple(std)),
+        tuple(np.where(total["seasonal_count"] > 0, seasonal, 0)),
+        tuple(total["observed"] / np.maximum(total["cells"], 1)),
+        tuple(int(i) for i in np.flatnonzero(total["count"] == 0)),
+    )

@@ -1,0 +1,210 @@
+"""A windows dataset: what its `manifest.json` says, and the chronological split.
+
+    step      0 ············· train ············· | ······ val ······ | ······ test ······ T
+    window          [ look-back )[ horizon )                             a view: origin = first target step
+
+A window belongs to the part that holds its whole horizon; its look-back may reach into the part before, which is
+known by then. So no target is ever seen in two parts.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
+
+from fleetcast import __version__
+from fleetcast.config import Options, Seconds
+from fleetcast.errors import InputError
+from fleetcast.store import MANIFEST, Store
+
+Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+FORMAT = 1
+
+
+class Scaler(Options):
+    """Mean and standard deviation of each metric over the observed values of the training part."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """[F] mean and [F] std."""
+        return np.float32(self.mean), np.float32(self.std)
+
+
+class Shard(Options):
+    """One stretch of time of one group: origins [start, stop), stored with the halo that their windows need."""
+
+    path: str
+    edges: str
+    group: int
+    start: int
+    stop: int
+    first: int
+    """The step of the first stored row."""
+    last: int
+    """One past the step of the last stored row."""
+
+
+class Manifest(Options):
+    """`windows/<name>/manifest.json`."""
+
+    format: int = FORMAT
+    created_by: str = f"fleetcast {__version__}"
+    name: str
+    level: str
+    """What an entity is: machine, container or service."""
+    metrics: tuple[str, ...]
+    start: int
+    """Unix seconds of step 0."""
+    step: int
+    """Width of a step [s]."""
+    steps: int
+    """T, steps in all."""
+    history: int
+    """L, look-back [steps]."""
+    horizon: int
+    """H [steps]."""
+    lags: tuple[int, ...]
+    """Seasonal lags [steps]."""
+    max_gap: int
+    """Longest gap that is interpolated [steps]."""
+    slice: int
+    """Width of a dependency slice [s]."""
+    boundaries: tuple[int, int]
+    """First step of the validation and of the test part."""
+    groups: tuple[tuple[str, ...], ...]
+    """Entities of each group, in the order of the shards' entity axis."""
+    scaler: Scaler
+    seasonal_error: tuple[float, ...]
+    """Mean absolute difference of each metric to the step one (first) lag before, on the training part: the
+    unit of MASE."""
+    observed: tuple[float, ...]
+    """Share of observed values of each metric, all parts."""
+    shards: tuple[Shard, ...]
+    fingerprint: str
+    """Of the telemetry and the options: equal fingerprints, equal datasets."""
+
+    @property
+    def entities(self) -> int:
+        """N over all groups."""
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def context(self) -> int:
+        """Steps before its origin that a window may look at."""
+        return context(self.history, self.lags)
+
+    def origins(self, shard: Shard, part: Part) -> NDArray[np.int64]:
+        """The origins of a part's windows that lie in a shard."""
+        low, high = self.bounds(part)
+        first = max(low, self.history, shard.start)
+        return np.arange(first, max(first, min(high - self.horizon + 1, shard.stop)), dtype=np.int64)
+
+    def bounds(self, part: Part) -> tuple[int, int]:
+        """First step of a part, and one past its last."""
+        edges = (0, *self.boundaries, self.steps)
+        at = PARTS.index(part)
+        return edges[at], edges[at + 1]
+
+    def windows(self, part: Part) -> int:
+        """How many origins a part has (each counts all entities)."""
+        low, high = self.bounds(part)
+        return max(0, high - self.horizon + 1 - max(low, self.history))
+
+
+def context(history: int, lags: tuple[int, ...]) -> int:
+    """Steps before its origin that a window may look at: the look-back or the longest lag."""
+    return max(history, *lags, 0) if lags else history
+
+
+def boundaries(
+    steps: int, shares: tuple[float, float, float], history: int, horizon: int
+) -> tuple[int, int]:
+    """The chronological split. Raises InputError if a part holds no whole window."""
+    train, val, _ = shares
+    first = round(steps * train)
+    second = first + round(steps * val)
+    parts = {"train": first - history, "val": second - first, "test": steps - second}
+    for name, room in parts.items():
+        if room < horizon:
+            raise InputError(
+                f"--split {' '.join(map(str, shares))}: of {steps} steps the {name} part leaves {max(room, 0)} "
+                f"for targets, expected at least the horizon of {horizon}; use more data, a shorter horizon or "
+                "another split"
+            )
+    return first, second
+
+
+def load(store: Store, name: str) -> Manifest:
+    """The manifest of a published dataset. Raises InputError if there is none, or of another format."""
+    saved = store.read_json(f"windows/{name}/{MANIFEST}")
+    if saved is None:
+        known = sorted({path.split("/")[1] for path in store.list("windows", MANIFEST)})
+        raise InputError(
+            f"--windows {name}: no such dataset in {store.uri}; there: {', '.join(known) or 'none'}"
+        )
+    if saved.get("format") != FORMAT:
+        raise InputError(
+            f"{store.uri}/windows/{name}: written in format {saved.get('format')!r} by "
+            f"{saved.get('created_by')!r}, fleetcast {__version__} expects format {FORMAT}; run shard again"
+        )
+    return Manifest(**saved)
+
+
+class ShardOptions(Options):
+    """From telemetry and dependencies to a windows dataset."""
+
+    windows: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the windows dataset."""
+    level: Literal["machine", "container", "service"] = "machine"
+    """What is forecast: machines, containers, or services (the mean of their containers)."""
+    metrics: tuple[str, ...] = ("cpu", "memory", "disk_io", "net_in", "net_out")
+    """Metrics to read and forecast; `<metric>_max` is the maximum within the bin."""
+    step: Seconds = 900
+    """Width of a step [s, or 15min]; a multiple of the telemetry's, whose bins are averaged."""
+    history: Seconds = 86_400
+    """Look-back [s, or 1d]."""
+    horizon: Seconds = 86_400
+    """How far ahead to forecast [s, or 1d]."""
+    lags: tuple[Seconds, ...] = (86_400, 604_800)
+    """Seasonal lags whose values are given to models and to the naive rungs [s]. Lags shorter than the horizon,
+    or longer than half of the training part, are left out."""
+    max_gap: Seconds = 3600
+    """Longest gap that is interpolated [s]; longer ones stay missing."""
+    split: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    """Shares of training, validation and test, in the order of time."""
+    dependencies: tuple[str, ...] = ("call", "batch", "colocation", "correlation")
+    """Kinds of dependencies that become edges."""
+    group_size: int = Field(64, ge=1)
+    """Most entities of a group; more are cut along the dependency graph."""
+    shard_mb: int = Field(64, ge=1)
+    """Rough size of a shard in memory [MB]."""
+
+    @field_validator("split")
+    @classmethod
+    def _shares(cls, split: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
+            raise ValueError("expected three positive shares that sum to 1")
+        return split
+
+    @field_validator("metrics")
+    @classmethod
+    def _distinct(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        if not metrics or len(set(metrics)) != len(metrics):
+            raise ValueError("expected at least one metric, each once")
+        return metrics
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> ShardOptions:
+        for name in ("history", "horizon"):
+            if (width := getattr(self, name)) < 1 or width % self.step:
+                raise ValueError(f"{name} ({width} s) must be a positive multiple of step ({self.step} s)")
+        for lag in self.lags:
+            if lag % self.step:
+                raise ValueError(f"lag ({lag} s) must be a multiple of step ({self.step} s)")
+        return self

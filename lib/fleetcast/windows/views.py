@@ -1,0 +1,156 @@
+"""An open shard: its steps once in memory, its windows as views.
+
+A window is an origin. Assembling a batch copies the windows of that batch and nothing else, so what is held does
+not grow with the look-back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fleetcast.store import Store
+from fleetcast.windows.batch import Batch, Edges
+from fleetcast.windows.calendar import time_features
+from fleetcast.windows.edges import SliceEdges, last_complete
+from fleetcast.windows.manifest import Manifest, Scaler, Shard
+
+
+class OpenShard:
+    """The steps [first, last) of one group, scaled, with gaps filled and what was observed remembered."""
+
+    def __init__(self, store: Store, manifest: Manifest, shard: Shard, scaler: Scaler | None = None) -> None:
+        """Reads the shard. `scaler` replaces the dataset's own where a model brings another."""
+        self.manifest = manifest
+        self.shard = shard
+        mean, std = (scaler or manifest.scaler).arrays()
+        scaled = (read_values(store, manifest, shard) - mean) / std
+        filled = interpolate(scaled, manifest.max_gap)
+        self._observed = torch.from_numpy(np.isfinite(scaled))
+        self._scaled = torch.from_numpy(np.nan_to_num(scaled, copy=False))
+        self._gaps = not bool(self._observed.all())
+        self._filled = torch.from_numpy(np.nan_to_num(filled, copy=False)) if self._gaps else self._scaled
+        self._since = torch.from_numpy(steps_since_observed(self._observed.numpy())) if self._gaps else None
+        self._calendar = time_features(
+            manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
+        )
+        self._edges = read_edges(store, manifest, shard)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays that windows are views of."""
+        arrays = [self._observed, self._scaled, self._calendar]
+        if self._since is not None:
+            arrays += [self._filled, self._since]
+        return sum(array.nbytes for array in arrays)
+
+    def batch(self, origins: NDArray[np.int64], history: int | None = None) -> Batch:
+        """The windows with these origins, of the dataset's look-back or a shorter one.
+
+        An origin at the end of the telemetry gives a batch whose targets are all unobserved.
+        """
+        m = self.manifest
+        back = torch.arange(-(history or m.history), 0)
+        ahead = torch.arange(m.horizon)
+        at = torch.from_numpy(origins)[:, None] - self.shard.first
+        past, future = at + back, at + ahead
+        beyond = future >= len(self._scaled)
+        known = future.clamp(max=len(self._scaled) - 1)
+        y_mask = self._observed[known] & ~beyond[:, :, None, None]
+        lagged = [self._lagged(future - lag) for lag in m.lags]
+        shape = (*y_mask.shape, 0)
+        x, mask = self._filled[past], self._observed[past]
+        if self._since is not None:
+            x = self._hold_last(x, past)
+        return Batch(
+            x=x,
+            mask=mask,
+            time_x=self._calendar[past],
+            time_y=self._calendar[future],
+            seasonal=torch.stack([v for v, _ in lagged], -1) if lagged else torch.zeros(shape),
+            seasonal_mask=torch.stack([o for _, o in lagged], -1) if lagged else torch.zeros(shape) > 0,
+            edges=self._graphs(origins),
+            y=torch.where(y_mask, self._scaled[known], 0.0),
+            y_mask=y_mask,
+            origins=torch.from_numpy(origins),
+        )
+
+    def _lagged(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Observed values at steps that may lie before the shard, where nothing is known."""
+        before = steps < 0
+        at = steps.clamp(min=0)
+        observed = self._observed[at] & ~before[:, :, None, None]
+        return torch.where(observed, self._scaled[at], 0.0), observed
+
+    def _hold_last(self, x: Tensor, past: Tensor) -> Tensor:
+        """Undoes interpolation that leans on the future.
+
+        A gap that is still open at the origin was filled with the help of values after it. There the last value
+        is held instead, for as long as a gap may be; beyond that the filling is zero, the training mean.
+        """
+        since = self._since
+        assert since is not None
+        final = past[:, -1]
+        open_for = since[final].long()[:, None]  # [B, 1, N, F] steps since the last observation, at the origin
+        to_origin = (final[:, None] - past)[:, :, None, None]
+        in_open_gap = to_origin < open_for
+        last_seen = final[:, None, None, None] - open_for
+        held = self._scaled.gather(0, last_seen.clamp(min=0).flatten(0, 1)).unflatten(0, last_seen.shape[:2])
+        holdable = (open_for <= self.manifest.max_gap) & (last_seen >= 0)
+        return torch.where(in_open_gap, torch.where(holdable, held, 0.0), x)
+
+    def _graphs(self, origins: NDArray[np.int64]) -> Edges:
+        m = self.manifest
+        seconds = torch.from_numpy(origins * m.step + m.start)
+        return self._edges.batch(last_complete(seconds, self._edges.starts, m.slice), len(m.groups[self.shard.group]))
+
+
+def read_values(store: Store, manifest: Manifest, shard: Shard) -> NDArray[np.float32]:
+    """[T, N, F] in original units, NaN where missing."""
+    table = store.read_table(shard.path, columns=list(manifest.metrics))
+    columns = [table[metric].to_numpy() for metric in manifest.metrics]
+    shape = (shard.last - shard.first, len(manifest.groups[shard.group]), len(columns))
+    return np.stack(columns, axis=-1).astype(np.float32, copy=False).reshape(shape)
+
+
+def read_edges(store: Store, manifest: Manifest, shard: Shard) -> SliceEdges:
+    """The shard's edges, on the grid of all slices that it touches: one without edges is empty, not absent."""
+    table: Any = pl.from_arrow(store.read_table(shard.edges))
+    low = manifest.start + manifest.step * shard.first
+    high = manifest.start + manifest.step * shard.last
+    starts = torch.arange(low // manifest.slice - 1, -(-high // manifest.slice)) * manifest.slice
+    edges = table.select(
+        (pl.col("time").dt.epoch("s")).cast(pl.Int64),
+        pl.col("source", "target").cast(pl.Int64),
+        pl.col("weight").cast(pl.Float32),
+    ).filter(pl.col("time").is_between(int(starts[0]), int(starts[-1])))
+    columns = [torch.from_numpy(edges[name].to_numpy().copy()) for name in edges.columns]
+    return SliceEdges.build(starts, *columns)
+
+
+def interpolate(values: NDArray[np.float32], max_gap: int) -> NDArray[np.float32]:
+    """[T, …] with gaps of at most `max_gap` steps filled along straight lines; longer ones, and those at the
+    ends, stay NaN."""
+    observed = np.isfinite(values)
+    if observed.all():
+        return values
+    step = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
+    before = np.maximum.accumulate(np.where(observed, step, -1), axis=0)
+    after = np.minimum.accumulate(np.where(observed, step, len(values))[::-1], axis=0)[::-1]
+    fill = ~observed & (before >= 0) & (after < len(values)) & (after - before - 1 <= max_gap)
+    left = np.take_along_axis(values, np.clip(before, 0, None), axis=0)
+    right = np.take_along_axis(values, np.clip(after, None, len(values) - 1), axis=0)
+    share = (step - before) / np.maximum(after - before, 1)
+    return np.where(fill, left + (right - left) * share, values).astype(np.float32)
+
+
+def steps_since_observed(observed: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """[T, …] steps since the last observation: 0 where observed; counted from before the start where none was."""
+    step = np.arange(len(observed), dtype=np.int32).reshape(-1, *[1] * (observed.ndim - 1))
+    last = np.maximum.accumulate(np.where(observed, step, np.int32(-1)), axis=0)
+    return step - last

@@ -1,0 +1,192 @@
+"""Scores are sums and counts: the same figures however the windows were split, ordered or spread."""
+
+import json
+
+import numpy as np
+import pytest
+from fleetcast.errors import InputError
+from fleetcast.evaluation import metrics as m
+from fleetcast.evaluation.metrics import PerEntity, Scores
+from fleetcast.schemas import QUANTILES
+
+B, H, N, F = 37, 6, 5, 2
+FLOOR = (0.1, 0.1)
+STD, SCALE = np.array([0.2, 3.0]), np.array([0.1, 2.0])
+
+
+@pytest.fixture
+def windows():
+    """(y, mask, mean, quantiles) of B windows: a tenth is missing, some targets are zero."""
+    rng = np.random.default_rng(0)
+    y = rng.gamma(2.0, 0.3, (B, H, N, F)).astype(np.float32)
+    y[rng.random(y.shape) < 0.05] = 0
+    mask = rng.random(y.shape) > 0.1
+    mean = (y + rng.normal(0, 0.2, y.shape)).astype(np.float32)
+    quantiles = np.sort(mean[..., None] + rng.normal(0, 0.3, (*y.shape, len(QUANTILES))), axis=-1)
+    return y, mask, mean, quantiles
+
+
+def score(windows, pick=slice(None)):
+    return Scores.of(*(array[pick] for array in windows), QUANTILES, FLOOR)
+
+
+def every_figure(scores):
+    figures = {f.__name__: f(scores) for f in (m.mae, m.mse, m.rmse, m.mape, m.mape_share, m.wape, m.r2)}
+    figures |= {"mase": m.mase(scores, SCALE), "scaled_mae": m.scaled_mae(scores, STD)}
+    figures |= {f"coverage {c}": m.coverage(scores, c) for c in m.INTERVALS}
+    return figures | {f.__name__: f(scores) for f in (m.pinball, m.calibration, m.wis)}
+
+
+def split(kind, windows):
+    """The windows' scores, added up in another way than in one batch."""
+    order = np.arange(B)
+    if kind == "one by one":
+        parts = np.split(order, B)
+    elif kind == "three workers":
+        parts = [order[rank::3] for rank in range(3)]
+    else:
+        parts = np.array_split(np.random.default_rng(1).permutation(B), 4)
+    return sum((score(windows, part) for part in parts), Scores.zeros(H, QUANTILES, FLOOR))
+
+
+@pytest.mark.parametrize("kind", ["one by one", "three workers", "uneven and shuffled"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_figures_do_not_depend_on_how_the_windows_were_split(windows, kind, pool):
+    whole, parts = score(windows), split(kind, windows)
+    if pool:
+        whole, parts = whole.pooled(), parts.pooled()
+    for name, expected in every_figure(whole).items():
+        np.testing.assert_allclose(every_figure(parts)[name], expected, rtol=1e-12, err_msg=name)
+
+
+def test_every_observed_target_counts_once(windows):
+    assert score(windows).n.sum() == windows[1].sum()
+
+
+def test_point_figures_are_those_of_the_definitions(windows):
+    y, mask, mean, _ = windows
+    scores = score(windows)
+    seen = mask[:, 2, :, 1]
+    target, forecast = (array[:, 2, :, 1][seen].astype(float) for array in (y, mean))
+    error = target - forecast
+    big = np.abs(target) >= FLOOR[1]
+    expected = {
+        "mae": np.abs(error).mean(),
+        "mse": (error**2).mean(),
+        "rmse": np.sqrt((error**2).mean()),
+        "mape": (np.abs(error[big]) / target[big]).mean(),
+        "mape_share": big.mean(),
+        "wape": np.abs(error).sum() / target.sum(),
+        "r2": 1 - (error**2).sum() / ((target - target.mean()) ** 2).sum(),
+        "mase": np.abs(error).mean() / SCALE[1],
+        "scaled_mae": np.abs(error).mean() / STD[1],
+    }
+    figures = every_figure(scores)
+    for name, value in expected.items():
+        assert figures[name][2, 1] == pytest.approx(value, rel=1e-12), name
+
+
+def test_quantile_figures_are_those_of_the_definitions(windows):
+    y, mask, _, quantiles = windows
+    seen = mask[:, 0, :, 0]
+    target, bands = y[:, 0, :, 0][seen].astype(float), quantiles[:, 0, :, 0][seen]
+    gap = target[:, None] - bands
+    loss = np.where(gap >= 0, np.array(QUANTILES) * gap, (np.array(QUANTILES) - 1) * gap)
+    weighted = 0.5 * np.abs(target - bands[:, 3])
+    for nominal, low, high in ((0.5, 2, 4), (0.8, 1, 5), (0.9, 0, 6)):
+        alpha, (lower, upper) = 1 - nominal, (bands[:, low], bands[:, high])
+        inside = (target >= lower) & (target <= upper)
+        missed = np.where(target < lower, lower - target, 0) + np.where(target > upper, target - upper, 0)
+        weighted = weighted + alpha / 2 * (upper - lower + 2 / alpha * missed)
+        assert m.coverage(score(windows), nominal)[0, 0] == inside.mean()
+    assert m.pinball(score(windows))[0, 0] == pytest.approx(loss.mean())
+    assert m.wis(score(windows))[0, 0] == pytest.approx((weighted / 3.5).mean())
+    np.testing.assert_allclose(m.calibration(score(windows))[0, 0], (gap <= 0).mean(axis=0))
+
+
+def test_pooling_is_over_sums_and_not_over_figures(windows):
+    y, mask, mean, _ = windows
+    one = Scores.of(y[..., :1], mask[..., :1], mean[..., :1], None, (), FLOOR[:1]).pooled([1, 2, 3])
+    error = (y.astype(float) - mean)[:, 1:4, :, 0][mask[:, 1:4, :, 0]]
+    assert m.rmse(one).shape == (1, 1)
+    assert m.rmse(one).item() == pytest.approx(np.sqrt((error**2).mean()))
+    assert score(windows).pooled(slice(1, 4)).n.sum() == mask[:, 1:4].sum()
+
+
+def test_what_was_not_observed_has_no_influence(windows):
+    y, mask, mean, quantiles = (array.copy() for array in windows)
+    y[~mask], mean[~mask], quantiles[~mask] = np.nan, 1e9, np.nan
+    assert score((y, mask, mean, quantiles)).to_json() == score(windows).to_json()
+
+
+def test_zero_is_a_target_like_any_other():
+    y = np.zeros((1, 1, 1, 1))
+    scores = Scores.of(y, y == 0, y + 0.5, None, (), (0.1,))
+    assert (scores.n.item(), m.mae(scores).item()) == (1, 0.5)
+    assert np.isnan(m.mape(scores).item()) and m.mape_share(scores).item() == 0
+    assert np.isnan(m.wape(scores).item())
+
+
+def test_r2_of_a_constant_target_is_undefined_and_not_minus_infinity():
+    for n in range(2, 50):
+        y = np.full((n, 1, 1, 1), 0.3)
+        assert np.isnan(m.r2(Scores.of(y, y > 0, y + 0.01, None, (), (0.1,))).item())
+
+
+def test_a_target_on_a_quantile_is_at_or_below_it_and_inside_its_interval():
+    y = np.full((1, 1, 1, 1), 0.3)
+    scores = Scores.of(y, y > 0, y, np.repeat(y[..., None], 2, axis=-1), (0.25, 0.75), (0.1,))
+    assert m.calibration(scores).tolist() == [[[1, 1]]] and m.coverage(scores, 0.5).item() == 1
+
+
+def test_nothing_counted_is_nan_in_arrays_and_none_in_json():
+    empty = Scores.zeros(H, QUANTILES, FLOOR)
+    assert all(np.isnan(figure).all() for figure in every_figure(empty).values())
+    figures = m.figures(empty, STD, SCALE)
+    assert len(figures) == F and set(figures[0].values()) == {None}
+    json.dumps(figures, allow_nan=False)
+
+
+def test_a_point_forecast_has_no_quantile_figures(windows):
+    y, mask, mean, _ = windows
+    scores = Scores.of(y, mask, mean, None, (), FLOOR)
+    for figure in (m.pinball(scores), m.coverage(scores, 0.9), m.wis(scores)):
+        assert figure.shape == (H, F) and np.isnan(figure).all()
+
+
+def test_json_keeps_every_digit(windows):
+    scores = score(windows)
+    again = Scores.from_json(json.loads(json.dumps(scores.to_json(), allow_nan=False)))
+    assert again.to_json() == scores.to_json()
+    np.testing.assert_array_equal((again + scores).pinball, 2 * scores.pinball)
+    point = Scores.zeros(H, (), FLOOR)
+    assert Scores.from_json(point.to_json()).pinball.shape == (H, F, 0)
+
+
+def test_scores_of_other_levels_are_refused(windows):
+    with pytest.raises(InputError, match=r"levels \(0\.5,\)"):
+        score(windows) + Scores.zeros(H, (0.5,), FLOOR)
+    with pytest.raises(InputError, match="quantiles"):
+        Scores.of(*windows, (0.5,), FLOOR)
+
+
+def test_a_forecast_that_is_not_a_number_is_an_error_and_not_a_drop(windows):
+    y, mask, mean, quantiles = (array.copy() for array in windows)
+    mean[np.unravel_index(np.flatnonzero(mask)[0], mask.shape)] = np.nan
+    with pytest.raises(InputError, match="mean: not a finite number at 1 of"):
+        score((y, mask, mean, quantiles))
+
+
+def test_medians_of_entities_stand_beside_the_pooled_error(windows):
+    y, mask, mean, _ = windows
+    mask = mask.copy()
+    mask[:, :, 4] = False
+    whole = PerEntity.of(y, mask, mean)
+    halves = PerEntity.of(y[:20], mask[:20], mean[:20]) + PerEntity.of(y[20:], mask[20:], mean[20:])
+    np.testing.assert_allclose(halves.mae(), whole.mae(), rtol=1e-12)
+    error = np.where(mask, np.abs(y.astype(float) - mean), np.nan)
+    np.testing.assert_allclose(whole.median_mae(), np.median(np.nanmean(error[:, :, :4], (0, 1)), 0))
+    assert np.isnan(whole.mae()[4]).all()
+    groups = PerEntity.stack([whole, PerEntity.from_json(whole.to_json())])
+    assert groups.n.shape == (2 * N, F)
+    np.testing.assert_array_equal(groups.median_mae(), whole.median_mae())
