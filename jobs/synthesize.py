@@ -26,8 +26,7 @@ class Config(SynthesizeOptions, BaseJobConfig):
 
 def main(config: Config) -> dict[str, Any]:
     """Runs synthesize."""
-    options = SynthesizeOptions(**config.model_dump(include=set(SynthesizeOptions.model_fields)))
-    return synthesize(options, Store(config.out))
+    return synthesize(config.only(SynthesizeOptions), Store(config.out))
 
 
 if __name__ == "__main__":

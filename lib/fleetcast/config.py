@@ -14,12 +14,13 @@ names it.
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fleetcast.errors import InputError
@@ -29,10 +30,12 @@ def _seconds(value: Any) -> Any:
     """`300`, `"300"`, `"5min"`, `"1h"`, `"2 days"` → whole seconds."""
     if isinstance(value, str) and not value.strip().isdigit():
         try:
-            seconds = pd.Timedelta(value).total_seconds()
+            seconds = pd.Timedelta(
+                re.sub(r"(?<=\d)d\b", "D", value)
+            ).total_seconds()  # what pandas calls a day
         except ValueError as error:
             raise ValueError(f"expected a duration such as 300, 5min or 1h, got {value!r}") from error
-        if seconds != int(seconds):
+        if seconds % 1 != 0:  # nor for nan
             raise ValueError(f"expected whole seconds, got {value!r}")
         return int(seconds)
     return value
@@ -45,7 +48,8 @@ Seconds = Annotated[int, BeforeValidator(_seconds)]
 class Options(BaseModel):
     """Base of every group of options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # Of the type of a job config's, which inherits from both.
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -104,7 +108,7 @@ def parse(config_class: type[Config], arguments: list[str]) -> Config:
     Raises InputError naming each wrong option, its value and what was expected; `--help` and unknown options
     leave through SystemExit as argparse does.
     """
-    pre = argparse.ArgumentParser(add_help=False)
+    pre = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     pre.add_argument("--config")
     file = pre.parse_known_args(arguments)[0].config
     from_file = read_yaml(file) if file else {}

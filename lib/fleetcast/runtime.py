@@ -1,8 +1,8 @@
 """How every job runs: parse, log, connect to Ray, work, print the figures, exit.
 
 Without an address Ray is started on this machine; with RAY_ADDRESS, or under `ray job submit`, the running
-cluster is used. The last line on standard output is one JSON object with the run's figures; everything else is
-logged to standard error. Exit codes: 0 the result is whole, 1 it is not, 2 the command line is wrong.
+cluster is used. The last line on standard output is one JSON object with the run's figures; everything else
+is logged to standard error. Exit codes: 0 the result is whole, 1 it is not, 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ _DRIVER_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _WORKER_ENVIRONMENT = {"POLARS_MAX_THREADS": "1"}
 
@@ -72,9 +71,11 @@ def set_up_logging(level: str) -> None:
     """
     if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise InputError(f"--log-level: expected DEBUG, INFO, WARNING or ERROR, got {level!r}")
-    logging.basicConfig(
-        stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    # Ours alone: the root logger is left to the libraries, whose chatter is not the user's.
+    log.handlers = [handler]
+    log.propagate = False
     log.setLevel(level.upper())
 
 
@@ -90,7 +91,12 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         return
     connection: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):
-        connection = {"address": "local", "num_cpus": num_cpus, "include_dashboard": True, "dashboard_port": 0}
+        connection = {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "include_dashboard": True,
+            "dashboard_port": 0,
+        }
     ray.init(
         **connection,
         logging_level=logging.ERROR,
@@ -134,9 +140,9 @@ def spread(
 ) -> list[dict[str, Any]]:
     """Runs `work` on every item as Ray Data tasks and returns their receipts, in the order of the items.
 
-    Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain `seconds`
-    and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of `measure`.
-    All items are tried; then InputError is raised with what went wrong, if anything did.
+    Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain
+    `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of
+    `measure`. All items are tried; then InputError is raised with what went wrong, if anything did.
     """
     import ray.data
 
@@ -168,15 +174,8 @@ def spread(
         now = time.monotonic()
         if now - last > 2 or len(receipts) == len(items):
             last = now
-            log.info(
-                "%s %d/%d: %s %s, %s/s",
-                what,
-                len(receipts),
-                len(items),
-                f"{done:,}",
-                measure,
-                f"{done / (now - started):,.0f}",
-            )
+            rate = f": {done:,} {measure}, {done / (now - started):,.0f}/s" if done else ""
+            log.info("%s %d/%d%s", what, len(receipts), len(items), rate)
     errors = [receipt["error"] for receipt in receipts.values() if "error" in receipt]
     if errors:
         raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))

@@ -2,22 +2,22 @@
 
     telemetry/  entities/  dependencies/  rejected/  windows/  models/  forecasts/  reports/
 
-Each noun is a folder of Parquet and JSON files, readable by anything. `ingested/` holds each raw file's share of
-the telemetry, which is what lets a later file be added without reading the earlier ones again. `_work/` holds
-what jobs keep for their own resumption and may be deleted when none runs.
+Each noun is a folder of Parquet and JSON files, readable by anything. `ingested/` holds each raw file's share
+of the telemetry, which is what lets a later file be added without reading the earlier ones again. `_work/`
+holds what jobs keep for their own resumption and may be deleted when none runs.
 
 Every file is written whole or not at all: locally through a temporary name and a rename, on object stores by
-their own put. A folder that readers take as one thing (`publish`) appears at once locally; on object stores its
-`manifest.json` is written last, and readers ask for that.
+their own put. A folder that readers take as one thing (`publish`) appears at once locally; on object stores
+its `manifest.json` is written last, and readers ask for that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +42,10 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
+def _names(folder: str) -> list[str]:
+    return [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
+
+
 class Store:
     """A root folder on a file system. Picklable; cheap to make; safe to use from many processes."""
 
@@ -62,17 +66,17 @@ class Store:
 
     def open_or_create(self) -> Store:
         """Marks an empty folder as a store; refuses one of another format."""
+        if self.local and Path(self.root).is_file():
+            raise InputError(f"--store {self.uri}: is a file, expected a folder")
         mark = self.read_json("store.json")
         if mark is None:
-            if self.local and Path(self.root).is_file():
-                raise InputError(f"--store {self.uri}: is a file, expected a folder")
-            if self.local and Path(self.root).is_dir() and any(Path(self.root).iterdir()):
+            if self.local and any(not name.startswith(".tmp-") for name in _names(self.root)):
                 raise InputError(f"--store {self.uri}: the folder holds other files and no store.json")
             self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
         elif mark.get("format") != FORMAT:
             raise InputError(
-                f"--store {self.uri}: written in format {mark.get('format')!r} by {mark.get('created_by')!r}, "
-                f"fleetcast {__version__} expects format {FORMAT}"
+                f"--store {self.uri}: written in format {mark.get('format')!r} by "
+                f"{mark.get('created_by')!r}, fleetcast {__version__} expects format {FORMAT}"
             )
         return self
 
@@ -110,16 +114,17 @@ class Store:
     def write(self, relative: str) -> Iterator[IO[bytes]]:
         """A binary file that appears under its name only when the block ends without an error."""
         final = self.path(relative)
-        if not self.local:
-            with self.fs.open(final, "wb") as file:
-                yield file
-            return
-        temporary = Path(final).with_name(f".tmp-{uuid.uuid4().hex}-{Path(final).name}")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        # A stream to an object store would be put even where the block fails, so it is written here first.
+        folder = Path(final).parent if self.local else Path(tempfile.gettempdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".tmp-{uuid.uuid4().hex}-{Path(final).name}"
         try:
             with temporary.open("wb") as file:
                 yield file
-            os.replace(temporary, final)
+            if self.local:
+                temporary.replace(final)
+            else:
+                self.fs.put_file(str(temporary), final)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -133,7 +138,7 @@ class Store:
             return json.loads(self.read_bytes(relative))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise InputError(f"{self.uri}/{relative}: not valid JSON: {error}") from error
 
     def write_json(self, relative: str, value: Any) -> None:
@@ -141,7 +146,9 @@ class Store:
         with self.write(relative) as file:
             file.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
-    def read_table(self, relative: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    def read_table(
+        self, relative: str, columns: Sequence[str] | None = None, filters: Any = None
+    ) -> pa.Table:
         """One Parquet file."""
         return pq.read_table(
             self.path(relative), columns=columns, filters=filters, filesystem=self.arrow_fs, partitioning=None
@@ -157,18 +164,20 @@ class Store:
     def publish(self, staging: str, folder: str) -> None:
         """Moves a finished folder, whose manifest.json is complete, to the name its readers use.
 
-        Locally one rename. Object stores have none, so the files are copied and the manifest last.
+        Locally a rename, before which what had the name is moved away: readers may find nothing for a moment,
+        but never a mixture. Object stores have none, so the files are copied and the manifest last.
         """
         if self.local:
             target = Path(self.path(folder))
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 old = self.path("_work", f"replaced-{uuid.uuid4().hex}")
-                os.rename(target, old)
-                os.rename(self.path(staging), target)
+                Path(old).parent.mkdir(parents=True, exist_ok=True)
+                target.rename(old)
+                Path(self.path(staging)).rename(target)
                 self.fs.rm(old, recursive=True)
             else:
-                os.rename(self.path(staging), target)
+                Path(self.path(staging)).rename(target)
             return
         files = self.list(staging)
         kept = {folder + name[len(staging) :] for name in files}

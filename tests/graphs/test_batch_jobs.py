@@ -1,5 +1,6 @@
 """Batch edges: from the machines of a task to those of the tasks that wait for it."""
 
+import re
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
@@ -11,7 +12,17 @@ TEN = NINE + timedelta(hours=1)
 
 
 def tasks_of(*names: str, job: str = "j") -> pl.DataFrame:
-    return pl.DataFrame({"job_name": [job] * len(names), "task_name": list(names)})
+    """Tasks whose names say their number and those of the tasks they wait for."""
+    numbers = [[int(digits) for digits in re.findall(r"\d+", name)] for name in names]
+    return pl.DataFrame(
+        {
+            "job_name": [job] * len(names),
+            "task_name": names,
+            "number": [number for number, *_ in numbers],
+            "upstream": [upstream for _, *upstream in numbers],
+        },
+        schema_overrides={"upstream": pl.List(pl.Int64)},
+    )
 
 
 def placed(*rows: tuple[str, str, datetime, int], job: str = "j") -> pl.DataFrame:
@@ -25,56 +36,6 @@ def placed(*rows: tuple[str, str, datetime, int], job: str = "j") -> pl.DataFram
 
 def as_dict(edges: pl.DataFrame) -> dict[tuple[datetime, str, str], float]:
     return {(t, s, d): w for t, s, d, w in edges.select("time", "source", "target", "weight").iter_rows()}
-
-
-@pytest.mark.parametrize(
-    ("name", "number", "upstream"),
-    [
-        ("M1", 1, []),
-        ("R4_2", 4, [2]),
-        ("M5_3_4", 5, [3, 4]),
-        ("J12_11_10", 12, [11, 10]),
-        ("R2_1_Stg8", 2, [1]),
-        ("M1_Stg2_7", 1, []),
-        ("task_LTg0MTUwNTA5Mjg4MDkwNjIzMA==", None, []),
-        ("task_123", None, []),
-        ("MergeTask", None, []),
-        ("", None, []),
-        (None, None, []),
-        ("M3_99999999999999999999", 3, []),
-    ],
-)
-def test_a_task_name_holds_its_number_and_those_it_waits_for(name, number, upstream):
-    parsed = batch_jobs.parse_task_names(pl.Series([name], dtype=pl.String))
-    assert parsed.schema == {"number": pl.Int64, "upstream": pl.List(pl.Int64)}
-    assert parsed.row(0) == (number, upstream)
-
-
-@pytest.mark.parametrize(
-    ("name", "upstream"),
-    [
-        ("J30_4_5_6_8_9_10_12_13_14_16_17_18_19_21_22_24_25_", 17),
-        ("R24_1_2_3_4_5_6_7_8_9_10_11_12_13_14_15_16_17_18_1", 18),  # 1 may be 19: left out
-    ],
-)
-def test_a_name_cut_off_at_50_characters_loses_no_whole_number_and_keeps_no_stump(name, upstream):
-    assert len(name) == 50
-    assert len(batch_jobs.parse_task_names(pl.Series([name]))["upstream"][0]) == upstream
-
-
-def test_placements_count_instances_and_partials_merge_to_the_same_counts():
-    instances = pl.DataFrame(
-        {
-            "job_name": ["j", "j", "j", "j", None],
-            "task_name": ["M1", "M1", "M1", "R2_1", "M1"],
-            "machine": ["a", "a", "b", "b", "b"],
-            "slice": [NINE, NINE, NINE, TEN, NINE],
-        }
-    )
-    whole = batch_jobs.placements(instances)
-    parts = batch_jobs.merge([batch_jobs.placements(instances[:1]), batch_jobs.placements(instances[1:])])
-    assert whole.equals(parts)
-    assert whole["instances"].to_list() == [2, 1, 1]
 
 
 def test_weight_is_the_number_of_downstream_instances_expected_to_be_fed_from_the_source():
@@ -157,6 +118,6 @@ def test_the_order_of_the_records_changes_nothing():
         for k, task in enumerate(tasks["task_name"])
         for i in range(11)
     ]
-    forward, _ = batch_jobs.edges(tasks, batch_jobs.merge([placed(*rows)]))
+    forward, _ = batch_jobs.edges(tasks, placed(*rows))
     backward, _ = batch_jobs.edges(tasks.reverse(), placed(*rows[::-1]))
     assert forward.equals(backward)

@@ -46,7 +46,7 @@ def test_the_files_are_those_of_the_options_and_replace_an_earlier_run(ray_here,
     assert figures["files"] == len(expected) - 1 > len(TABLES)
     assert figures["bytes"] == sum(map(len, expected.values())) - len(b"kept")
     assert figures["rows_per_second"] > 0
-    assert figures["peak_memory_bytes"] > 0
+    assert figures["peak_bytes"] > 0
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,9 @@ import polars as pl
 import pytest
 from fleetcast.traces.alibaba_2018 import TABLES
 from fleetcast.traces.raw import parse
-from fleetcast.traces.synthesis import (
-    CONTAINER_DELAY,
-    DAY,
-    HOLE,
-    KNOT,
-    LATE_START,
-    LAYERS,
-    Part,
-    SynthesizeOptions,
-    frames,
-    home_machines,
-    hosted,
-    parts,
-    placement,
-    upstream,
-    write_part,
-)
+from fleetcast.traces.synthesis import Part, SynthesizeOptions, frames, parts, write_part
+from fleetcast.traces.synthesis.cluster import DAY, KNOT, LAYERS, home_machines, hosted, placement, upstream
+from fleetcast.traces.synthesis.tables import CONTAINER_DELAY, HOLE, LATE_START
 from pydantic import ValidationError
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "alibaba-2018"
@@ -278,29 +264,44 @@ def test_batch_records_tell_the_graph_along_which_load_travels():
 # -- the load ------------------------------------------------------------------------------------------------
 
 
+#: The cluster whose load is looked at; two weeks, so that the second can be forecast from the first.
+FLEET = SynthesizeOptions(machines=24, services=8, days=14, sample_interval=100, seed=1)
+QUARTER = 900
+QUARTERS = DAY // QUARTER
+
+
 @cache
-def cpu_and_shocks(coupling: float) -> tuple[np.ndarray, np.ndarray]:
-    """[steps of 5 min, machines] each: cpu, and what is left when each machine's mean day is taken away."""
-    options = SynthesizeOptions(
-        machines=12, services=6, days=14, coupling=coupling, sample_interval=60, seed=1
-    )
-    time = pl.col("time_stamp") // KNOT
-    bins = table("machine_usage", options).group_by("machine_id", time).agg(pl.col("cpu_util_percent").mean())
-    grid = np.full((options.span // KNOT, options.machines), np.nan)
+def cpu(coupling: float, step: int) -> np.ndarray:
+    """[steps, machines] mean cpu of every step of so many seconds; nan in the hole."""
+    usage = table("machine_usage", FLEET.model_copy(update={"coupling": coupling}))
+    bins = usage.group_by("machine_id", pl.col("time_stamp") // step).agg(pl.col("cpu_util_percent").mean())
+    grid = np.full((FLEET.span // step, FLEET.machines), np.nan)
     grid[bins["time_stamp"], bins["machine_id"].str.slice(2).cast(pl.Int64) - 1] = bins["cpu_util_percent"]
-    days = grid.reshape(options.days, -1, options.machines)
-    return grid, (days - np.nanmean(days, axis=0)).reshape(grid.shape)
+    return grid
+
+
+def calendar(times: np.ndarray) -> np.ndarray:
+    """[times, 6] one, two harmonics of the day and the weekend's dip, at times in days: all that repeats."""
+    harmonics = [wave(2 * np.pi * k * times) for k in (1, 2) for wave in (np.sin, np.cos)]
+    weekend = np.sin(np.pi * np.clip(times % 7 - 5, 0, 2) / 2) ** 2
+    return np.column_stack([np.ones(len(times)), *harmonics, weekend])
+
+
+def shocks(load: np.ndarray) -> np.ndarray:
+    """What is left of the load when least squares have taken away what repeats; nan stays nan."""
+    repeats = calendar(np.arange(len(load)) * FLEET.days / len(load))
+    known = np.isfinite(load).all(axis=1)
+    return load - repeats @ np.linalg.lstsq(repeats[known], load[known])[0]
 
 
 def correlations(coupling: float, lags: int) -> np.ndarray:
     """Of each machine with the mean of its upstream machines `lags` × the delay earlier; per dependency."""
-    options = SynthesizeOptions(machines=12, services=6, seed=1)
-    load = cpu_and_shocks(coupling)[1]
+    load = shocks(cpu(coupling, KNOT))
     found = []
-    for service in range(options.service_count):
-        for parent, delay in upstream(options, service):
-            source = load[:, home_machines(options, parent)].mean(axis=1)
-            for machine in home_machines(options, service):
+    for service in range(FLEET.service_count):
+        for parent, delay in upstream(FLEET, service):
+            source = load[:, home_machines(FLEET, parent)].mean(axis=1)
+            for machine in home_machines(FLEET, service):
                 earlier = np.roll(source, lags * delay)[2 * delay : -2 * delay]
                 now = load[2 * delay : -2 * delay, machine]
                 both = np.isfinite(earlier) & np.isfinite(now)
@@ -308,11 +309,83 @@ def correlations(coupling: float, lags: int) -> np.ndarray:
     return np.array(found)
 
 
-def test_shocks_are_a_third_or_more_of_the_variance_whatever_the_coupling():
-    for coupling in (0.0, 0.5, 1.0):
-        load, shocks = cpu_and_shocks(coupling)
-        assert np.mean(np.nanvar(shocks, axis=0) / np.nanvar(load, axis=0)) > 1 / 3
-        assert np.nanstd(shocks, axis=0).mean() == pytest.approx(8.5, abs=1.5)
+def gain_from_upstream(coupling: float) -> float:
+    """By which share the upstream machines' last 3 h lower the error of ridge, one hour ahead.
+
+    With and without them, it sees the machine's own last 3 h, its load a day before and the calendar, and
+    learns from the first ten days. Machines that have nothing upstream count too.
+    """
+    load, ahead = cpu(coupling, QUARTER), 3600 // QUARTER
+    issued = np.arange(QUARTERS, len(load) - ahead)
+    repeats = calendar((issued + ahead) / QUARTERS)
+
+    def last_3_hours(series: np.ndarray) -> np.ndarray:
+        return np.column_stack([series[issued - lag] for lag in range(12)])
+
+    def error(features: np.ndarray, target: np.ndarray) -> float:
+        known = np.isfinite(features).all(axis=1) & np.isfinite(target)
+        learn, test = known & (issued + ahead < 10 * QUARTERS), known & (issued >= 10 * QUARTERS)
+        # Ridge as least squares: one more row per feature that asks for its weight to be 0.
+        scaled = (features - features[learn].mean(axis=0)) / features[learn].std(axis=0)
+        level, penalty = target[learn].mean(), np.sqrt(30) * np.eye(features.shape[1])
+        asked = np.concatenate([target[learn] - level, np.zeros(len(penalty))])
+        weights = np.linalg.lstsq(np.concatenate([scaled[learn], penalty]), asked)[0]
+        return float(np.abs(target[test] - level - scaled[test] @ weights).mean())
+
+    alone, helped = 0.0, 0.0
+    for machine, own in enumerate(load.T):
+        features = np.column_stack([last_3_hours(own), own[issued + ahead - QUARTERS], repeats[:, 1:]])
+        parents = [parent for parent, _ in upstream(FLEET, machine % FLEET.service_count)]
+        above = [last_3_hours(load[:, home_machines(FLEET, parent)].mean(axis=1)) for parent in parents]
+        alone += error(features, own[issued + ahead])
+        helped += error(np.column_stack([features, *above]), own[issued + ahead])
+    return 1 - helped / alone
+
+
+def test_half_of_a_machines_variance_is_its_daily_and_weekly_cycle_and_a_third_is_shocks():
+    load = cpu(0.8, QUARTER)
+    left = shocks(load)
+    variance = np.nanvar(load, axis=0)
+    cycle = (1 - np.nanvar(left, axis=0) / variance).mean()
+    # Shocks are smooth and noise is not: second differences, of 6 times its variance, hold hardly but noise.
+    noise = (np.nanvar(np.diff(left, n=2, axis=0), axis=0) / 6 / variance).mean()
+    assert 0.5 < cycle < 0.65
+    assert 0.3 < 1 - cycle - noise < 0.45
+    assert noise < 0.1
+
+
+def test_tomorrow_is_rather_like_today_than_like_now():
+    """Same time yesterday is clearly better than the last value over the 24 h ahead, though not at once."""
+    load = cpu(0.8, QUARTER)
+
+    def errors(lead: int) -> tuple[float, float]:
+        target = load[QUARTERS + lead :]
+        last, yesterday = load[QUARTERS:-lead], load[lead:-QUARTERS]
+        known = np.isfinite(target) & np.isfinite(last) & np.isfinite(yesterday)
+        return np.abs(target - last)[known].mean(), np.abs(target - yesterday)[known].mean()
+
+    last, yesterday = np.mean([errors(lead) for lead in range(1, QUARTERS + 1)], axis=0)
+    assert yesterday < 0.85 * last
+    assert errors(2)[1] > errors(2)[0]
+
+
+def test_weekends_are_lower():
+    days = np.nanmean(cpu(0.8, QUARTER).reshape(FLEET.days, QUARTERS, -1), axis=1)
+    weekend = np.isin(np.arange(FLEET.days) % 7, [5, 6])
+    dip = days[~weekend].mean(axis=0) - days[weekend].mean(axis=0)
+    assert dip.mean() > 2
+    assert (dip > 0).mean() > 0.9
+
+
+def test_load_varies_as_much_whatever_the_coupling():
+    deviations = [np.nanstd(shocks(cpu(coupling, KNOT)), axis=0).mean() for coupling in (0.0, 0.5, 1.0)]
+    assert deviations == pytest.approx([5.5] * 3, rel=0.1)
+
+
+def test_knowing_upstream_load_helps_to_forecast_the_next_hour_as_far_as_coupled():
+    assert gain_from_upstream(0.0) < 0.01
+    assert gain_from_upstream(0.8) > 0.10
+    assert gain_from_upstream(1.0) > 0.20
 
 
 def test_coupled_machines_follow_their_upstream_machines_one_delay_later():

@@ -124,7 +124,8 @@ def measure(
                 found.residuals.add(batch.y.double().numpy(), seen, scaled)
             error = np.where(seen, y - given.mean, 0).sum(2)
             both = np.stack([error, seen.sum(2).astype(np.float64)], axis=1)
-            found.total_error |= dict(zip(batch.origins.tolist(), both, strict=True))
+            for origin, part in zip(batch.origins.tolist(), both, strict=True):
+                found.total_error[origin] = found.total_error.get(origin, 0) + part
     return measured
 
 

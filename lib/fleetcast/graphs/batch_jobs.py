@@ -1,7 +1,7 @@
 """Dependencies between machines from the task graphs of batch jobs.
 
 A task waits for others of its job and reads what they wrote, so load moves from the machines of the upstream
-task to those of the downstream task. Task names carry the graph, instance records carry the machines.
+task to those of the downstream task. Task records carry the graph, instance records carry the machines.
 """
 
 from __future__ import annotations
@@ -12,48 +12,7 @@ import polars as pl
 
 from fleetcast.graphs import dependencies
 
-#: The letter means nothing; then the task's number, the numbers it waits for, and maybe a suffix (`_Stg8`).
-_NAME = r"^[A-Za-z](\d+)((?:_\d+)*)_?(?:_[A-Za-z].*)?$"
-#: cluster-trace-v2018 cuts names off here, so a last number that ends here may be the stump of a longer one.
-_NAME_LIMIT = 50
-
 _TASK = ["job_name", "task_name"]
-
-
-def parse_task_names(names: pl.Series) -> pl.DataFrame:
-    """Task names → `number` (int64, null where the task stands alone) and `upstream` (list of int64).
-
-    `M1` waits for nothing, `M5_3_4` for 3 and 4, `R2_1_Stg8` for 1; `MergeTask` and `task_<base64>` stand
-    alone.
-    """
-    name = pl.col("name")
-    waits = name.str.extract(_NAME, 2)
-    cut_off = (name.str.len_chars() >= _NAME_LIMIT) & name.str.contains(r"\d$")
-    whole = pl.when(cut_off).then(waits.str.replace(r"_\d+$", "")).otherwise(waits)
-    number = name.str.extract(_NAME, 1).cast(pl.Int64, strict=False)
-    upstream = (
-        whole.str.extract_all(r"\d+").list.eval(pl.element().cast(pl.Int64, strict=False)).list.drop_nulls()
-    )
-    parsed = names.alias("name").cast(pl.String).to_frame().select(number=number, upstream=upstream)
-    alone = pl.col("number").is_null() | pl.col("upstream").is_null()
-    return parsed.with_columns(upstream=pl.when(alone).then([]).otherwise(pl.col("upstream")))
-
-
-def placements(instances: pl.DataFrame) -> pl.DataFrame:
-    """Instances → how many of a task's started on a machine in a slice, the partial aggregate to be shuffled.
-
-    `job_name`, `task_name`, `machine` (strings) and `slice` (start of the slice in which the instance
-    started), one row an instance, → the same four and `instances`. Rows with a null are left out. Partials
-    are merged by `merge`.
-    """
-    keys = [*_TASK, "machine", "slice"]
-    return instances.drop_nulls(keys).group_by(keys).agg(instances=pl.len().cast(pl.Int64)).sort(keys)
-
-
-def merge(partials: list[pl.DataFrame]) -> pl.DataFrame:
-    """Placements of several parts of the instances → the placements of all of them."""
-    keys = [*_TASK, "machine", "slice"]
-    return pl.concat(partials).group_by(keys).agg(pl.col("instances").sum()).sort(keys)
 
 
 def edges(
@@ -61,8 +20,10 @@ def edges(
 ) -> tuple[pl.DataFrame, int]:
     """The batch edges of whole jobs, and how many (task, machine) were cut to bound the number of pairs.
 
-    `tasks` holds `job_name` and `task_name`, `placements` what the function of that name gives. For each
-    pair of an upstream and a downstream task, and each slice in which downstream instances started,
+    `tasks` holds `job_name`, `task_name`, the task's `number` in its job and `upstream`, the list of the
+    numbers that it waits for; `placements` holds `job_name`, `task_name`, `machine`, `slice` (start of the
+    slice in which they started) and `instances`, how many of the task's. For each pair of an upstream and a
+    downstream task, and each slice in which downstream instances started,
 
         weight(m → m') = share of the upstream instances so far that ran on m · downstream instances on m',
 
@@ -92,12 +53,10 @@ def edges(
 
 def _task_pairs(tasks: pl.DataFrame) -> pl.DataFrame:
     """`job_name`, `task_name` and the name of one task it waits for as `upstream`; a row for each."""
-    names = tasks.select(_TASK).drop_nulls().unique()
-    numbered = pl.concat([names, parse_task_names(names["task_name"])], how="horizontal").drop_nulls("number")
-    waiting = numbered.explode("upstream").drop_nulls("upstream")
+    waiting = tasks.explode("upstream").drop_nulls("upstream")
     return (
         waiting.join(
-            numbered.select("job_name", "number", other="task_name"),
+            tasks.select("job_name", "number", other="task_name"),
             left_on=["job_name", "upstream"],
             right_on=["job_name", "number"],
         )

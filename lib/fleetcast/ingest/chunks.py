@@ -1,4 +1,4 @@
-"""The map side of ingest: the raw rows of one chunk → partial products and rejected rows, in bounded memory."""
+"""The map side of ingest: raw rows of one chunk → partial products and rejected rows, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from fleetcast import schemas
+from fleetcast.errors import InputError
 from fleetcast.ingest.files import Chunk, blocks
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.products import PRODUCTS, partitions
@@ -54,6 +55,8 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
             for product, frame in table.products(parsed.frame, clock).items():
                 writer.add(product, frame)
     writer.flush()
+    if not rows and chunk.stop - chunk.start == chunk.file.size:
+        raise InputError(f"{chunk.file.uri}: the file is empty, expected rows of {table.name}")
     receipt = {
         "table": table.name,
         "rows": rows,
@@ -66,7 +69,7 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
 
 
 class _PartWriter:
-    """Collects partial rows, and writes them merged whenever there are enough to bother, or too many to hold."""
+    """Collects partial rows, and writes them merged whenever there are too many to hold."""
 
     def __init__(self, store: Store, chunk: Chunk, buckets: int) -> None:
         self.store = store

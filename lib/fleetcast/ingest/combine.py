@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 
 from fleetcast import schemas
-from fleetcast.ingest.products import PRODUCTS, telemetry
+from fleetcast.ingest.products import PRODUCTS, last_known, telemetry
 from fleetcast.store import Store
 
 
 def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | None:
-    """The merged rows of some parts, or None if there are none. Parts come in the order of their names, so sums
-    of floats are the same whichever task wrote its part first."""
+    """The merged rows of some parts, or None if there are none. Parts come in the order of their names, so
+    sums of floats are the same whichever task wrote its part first."""
     frames = []
     for part in sorted(parts):
         with store.fs.open(store.path(part), "rb") as file:
@@ -23,13 +23,13 @@ def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | N
 
 
 def combine_telemetry(
-    store: Store, kind: str, parts: list[str], target: str, metrics: list[str]
+    store: Store, kind: str, parts: list[str], target: str, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """Parts of one day and bucket → one telemetry file."""
     bins = read_parts(store, kind, parts)
     assert bins is not None, "a target is only planned where there are parts"
     rows = telemetry(bins, metrics)
-    store.write_table(target, rows.to_arrow().cast(schemas.telemetry(metrics)))
+    store.write_table(target, rows.to_arrow().cast(schemas.telemetry(list(metrics))))
     return {
         "rows": len(rows),
         "first": int(rows["time"].min().timestamp()),  # type: ignore[union-attr]
@@ -38,16 +38,17 @@ def combine_telemetry(
     }
 
 
-def combine_entities(store: Store, parts: list[str]) -> pa.Table:
-    """Everything known of every entity, in the order of their names; also its services as entities."""
-    merged = read_parts(store, "entities", parts)
-    if merged is None:
-        return schemas.ENTITIES.empty_table()
+def combine_entities(store: Store, parts: list[str], target: str) -> dict[str, Any]:
+    """Parts → everything known of every entity, by kind and name; services are entities too."""
+    descriptions = read_parts(store, "entities", parts)
+    assert descriptions is not None, "a target is only planned where there are parts"
+    merged = last_known(descriptions)
     services = (
         merged.drop_nulls("service")
         .group_by(entity="service")
         .agg(pl.lit("service").alias("kind"), pl.col("measured").any())
     )
-    everything = pl.concat([merged.drop("seen"), services], how="diagonal").sort("kind", "entity")
+    everything = pl.concat([merged, services], how="diagonal").sort("kind", "entity")
     everything = everything.with_columns(pl.col("measured").fill_null(False))
-    return everything.select(schemas.ENTITIES.names).to_arrow().cast(schemas.ENTITIES)
+    store.write_table(target, everything.select(schemas.ENTITIES.names).to_arrow().cast(schemas.ENTITIES))
+    return {"rows": len(everything)}

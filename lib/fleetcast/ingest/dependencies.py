@@ -16,7 +16,7 @@ from fleetcast.store import Store
 
 
 def combine_dependencies(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:
-    """Instances and tasks, placements of containers, or else telemetry → the dependencies of `item["day"]`."""
+    """Tasks and instances, placements of containers, or else telemetry → dependencies of `item["day"]`."""
     day = datetime.fromisoformat(item["day"]).replace(tzinfo=UTC)
     slices = [day + timedelta(seconds=at) for at in range(0, 86_400, options.slice)]
     found = [_batch(store, item, day), _colocation(store, item["hosted"], slices, options)]
@@ -57,10 +57,11 @@ def _colocation(
     hosted = read_parts(store, "hosted", parts)
     if hosted is None:
         return _none()
+    begun = pl.max_horizontal("start", pl.lit(slices[0]))
     placements = (
-        hosted.sort("container", "start")
+        hosted.sort("container", "start", "running", "machine", "service")
         .with_columns(end=pl.col("start").shift(-1).over("container"))
-        .filter(pl.col("running") & (pl.col("end").is_null() | (pl.col("end") > slices[0])))
+        .filter(pl.col("running") & (pl.col("end").is_null() | (pl.col("end") > begun)))
     )
     return colocation.edges(placements, slices, options.slice)
 
@@ -84,6 +85,8 @@ def _correlation(
     dense = grid.alias("time").to_frame().join(wide, on="time", how="left")
     # Machines move together within minutes, and single bins are noisy: quarters of an hour show it, lag 0.
     quarters = dense.group_by_dynamic("time", every="15m").agg(pl.exclude("time").mean()).drop("time")
+    if len(quarters) < 3:
+        return _none()
     edges = correlation.edges(quarters.to_numpy(), quarters.columns, slices[0], options.neighbours, lag=0)
     every_slice = pl.DataFrame({"time": slices}, schema={"time": pl.Datetime("ms", "UTC")})
     return edges.drop("time").join(every_slice, how="cross").select(list(dependencies.SCHEMA))

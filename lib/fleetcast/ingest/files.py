@@ -1,4 +1,4 @@
-"""Raw files: finding them, telling them apart, and reading them as blocks of whole lines in bounded memory."""
+"""Raw files: finding them, telling them apart, reading them as blocks of whole lines in bounded memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RawFile(Options):
 
     uri: str
     name: str
-    """Path relative to the source, which is the file's identity in the store."""
+    """Path relative to the source."""
     table: str
     size: int
     key: str
@@ -45,21 +45,20 @@ class Chunk(Options):
     """What one task reads: all of a compressed file, or a range of a plain one."""
 
     file: RawFile
-    number: int
     start: int
     stop: int
 
     @property
     def id(self) -> str:
-        """Unique over all files and contents; the prefix of everything that the chunk's task writes."""
-        return f"{self.file.key}-{self.number:05d}"
+        """Unique over all contents and ranges; the prefix of everything that the chunk's task writes."""
+        return f"{self.file.key}-{self.start}+{self.stop - self.start}"
 
 
 def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
-    """The files of a source (a folder, a file or `s3://…`) that belong to a table, in the order of their names.
+    """The files of a source (a folder, a file or `s3://…`) that belong to a table, in order of their names.
 
-    A file belongs to the table whose name its own begins with, or that its folder is called. Raises InputError
-    if there is no such file, or one is empty. A file with the content of another is left out with a warning.
+    A file belongs to the table whose name its own begins with, or that its folder is called. Raises
+    InputError if there is no such file, or one is empty.
     """
     tables = sorted(tables, key=len, reverse=True)
     try:
@@ -70,7 +69,7 @@ def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
     if not fs.exists(root):
         raise InputError(f"--source {source}: no such file or folder")
     paths = [root] if fs.isfile(root) else sorted(fs.find(root))
-    files: dict[str, RawFile] = {}
+    files = []
     for path in paths:
         name = path[len(root) + 1 :] or path.rsplit("/", 1)[-1]
         table = _table_of(path, tables)
@@ -81,16 +80,13 @@ def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
         if size == 0:
             raise InputError(f"{path}: the file is empty, expected rows of {table}")
         key = _fingerprint(fs, path, size)
-        if key in files:
-            log.warning("%s: same content as %s, left out", path, files[key].name)
-            continue
-        files[key] = RawFile(uri=fs.unstrip_protocol(path), name=name, table=table, size=size, key=key)
+        files.append(RawFile(uri=fs.unstrip_protocol(path), name=name, table=table, size=size, key=key))
     if not files:
         raise InputError(
             f"--source {source}: no file of a known table; expected names that begin with "
             f"{', '.join(sorted(tables))} and end in {', '.join(_FORMATS)}"
         )
-    return list(files.values())
+    return files
 
 
 def _table_of(path: str, tables: list[str]) -> str | None:
@@ -116,8 +112,8 @@ def chunks(files: list[RawFile], chunk_bytes: int) -> list[Chunk]:
     for file in files:
         width = chunk_bytes if file.name.endswith(".csv") else file.size
         parts += [
-            Chunk(file=file, number=number, start=start, stop=min(start + width, file.size))
-            for number, start in enumerate(range(0, file.size, width))
+            Chunk(file=file, start=start, stop=min(start + width, file.size))
+            for start in range(0, file.size, width)
         ]
     return parts
 
@@ -151,14 +147,14 @@ def _single_member(raw: IO[bytes], name: str) -> Iterator[IO[bytes]]:
     gzip is opened on its own: tarfile takes a truncated stream for its end, gzip does not.
     """
     with gzip.open(raw) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            if member.isfile():
-                yield cast(IO[bytes], archive.extractfile(member))
-                break
-        else:
+        members = (member for member in archive if member.isfile())
+        if (only := next(members, None)) is None:
             raise InputError(f"{name}: the archive holds no file, expected one csv")
-        if any(member.isfile() for member in archive):
+        yield cast(IO[bytes], archive.extractfile(only))
+        if next(members, None) is not None:
             raise InputError(f"{name}: the archive holds more than one file, expected one csv")
+        while stream.read(BLOCK_BYTES):  # padding, after which gzip checks the whole
+            pass
 
 
 def _lines(stream: IO[bytes], offset: int, name: str) -> Iterator[tuple[int, bytes]]:
@@ -180,7 +176,9 @@ def _lines(stream: IO[bytes], offset: int, name: str) -> Iterator[tuple[int, byt
 
 def _check_length(line: bytes, name: str, offset: int) -> None:
     if len(line) > _LONGEST_LINE:
-        raise InputError(f"{name}: no line ends within {_LONGEST_LINE:,} bytes of offset {offset:,}; not a table")
+        raise InputError(
+            f"{name}: no line ends within {_LONGEST_LINE:,} bytes of offset {offset:,}; not a table"
+        )
 
 
 def _range_of_lines(raw: IO[bytes], start: int, stop: int, name: str) -> Iterator[tuple[int, bytes]]:
@@ -188,7 +186,9 @@ def _range_of_lines(raw: IO[bytes], start: int, stop: int, name: str) -> Iterato
     offset = start
     if start:
         raw.seek(start - 1)
-        offset = start - 1 + len(raw.readline())
+        line = raw.readline(_LONGEST_LINE + 1)
+        _check_length(line, name, start - 1)
+        offset = start - 1 + len(line)
     if offset >= stop:
         return
     raw.seek(offset)

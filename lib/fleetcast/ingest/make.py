@@ -18,8 +18,8 @@ def make(
 ) -> dict[str, dict[str, Any]]:
     """Builds each target of `plan` (target file → all that it is made of) whose inputs have changed.
 
-    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures, which is kept
-    below the folder `receipts`. Returns the receipts of all targets, old and new.
+    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures, which is
+    kept below the folder `receipts`. Returns the receipts of all targets, old and new.
     """
     outputs: dict[str, dict[str, Any]] = {}
     stale = []

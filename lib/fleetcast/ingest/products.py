@@ -1,14 +1,14 @@
 """Partial products: what one chunk of raw rows contributes to the canonical tables, and how parts merge.
 
-A chunk's task aggregates as far as it can before anything leaves it (10 s → 5 min is 30 × fewer rows) and writes
-the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of parts, or all at
-once, give the same sums.
+A chunk's task aggregates as far as it can before anything leaves it (10 s → 5 min is 30 × fewer rows) and
+writes the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of parts, or
+all at once, give the same sums.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -33,12 +33,8 @@ def _merge_bins(parts: pl.DataFrame) -> pl.DataFrame:
 
 
 def _merge_entities(parts: pl.DataFrame) -> pl.DataFrame:
-    """The last known value of each column."""
-    columns = [c for c in parts.columns if c not in ("entity", "seen")]
-    ordered = parts.sort("entity", "seen", *columns, nulls_last=False)
-    return ordered.group_by("entity", maintain_order=True).agg(
-        pl.col(columns).drop_nulls().last(), pl.col("seen").max()
-    )
+    """Each description of an entity once, with the last second that gave it."""
+    return parts.group_by(pl.exclude("seen")).agg(pl.col("seen").max())
 
 
 def _merge_instances(parts: pl.DataFrame) -> pl.DataFrame:
@@ -83,15 +79,27 @@ def _bucket(keys: pl.Series, buckets: int) -> pl.Series:
     return keys.replace_strict(names, digits, return_dtype=pl.String)
 
 
-def telemetry(bins: pl.DataFrame, metrics: list[str]) -> pl.DataFrame:
-    """Merged bins → telemetry rows: means, maxima, samples, in the order of entity and time; missing is null."""
+def telemetry(bins: pl.DataFrame, metrics: Mapping[str, float]) -> pl.DataFrame:
+    """Merged bins → telemetry rows: means, maxima, samples, in the order of entity and time; missing is null.
+
+    `metrics` says by what to divide each to reach our unit.
+    """
     columns = []
-    for metric in metrics:
+    mean: pl.Expr
+    maximum: pl.Expr
+    for metric, divisor in metrics.items():
         if f"{metric}_count" in bins.columns:
             count = pl.col(f"{metric}_count")
-            mean = pl.when(count > 0).then(pl.col(f"{metric}_sum") / count)
-            maximum = pl.col(f"{metric}_max")
+            mean = pl.when(count > 0).then(pl.col(f"{metric}_sum") / (count * divisor))
+            maximum = pl.col(f"{metric}_max").cast(pl.Float64) / divisor  # float32 quotients are inexact
         else:
             mean = maximum = pl.lit(None)
         columns += [mean.cast(pl.Float32).alias(metric), maximum.cast(pl.Float32).alias(f"{metric}_max")]
     return bins.select("entity", "time", *columns, pl.col("samples").cast(pl.UInt32)).sort("entity", "time")
+
+
+def last_known(descriptions: pl.DataFrame) -> pl.DataFrame:
+    """Merged descriptions → each entity once, with the last known value of every column."""
+    columns = [column for column in descriptions.columns if column not in ("entity", "seen")]
+    ordered = descriptions.sort("entity", "seen", *columns, nulls_last=False)
+    return ordered.group_by("entity", maintain_order=True).agg(pl.col(columns).drop_nulls().last())

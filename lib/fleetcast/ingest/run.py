@@ -1,7 +1,8 @@
 """The ingest job: finds what is new, maps it to parts, and rebuilds the days whose parts have changed.
 
 Like make: every output file remembers the parts that it was built from, and is rebuilt only when they differ.
-So new files add only what is new, a replaced file takes its old rows with it, and a job that was killed goes on.
+So new files add only what is new, a replaced file takes its old rows with it, and a job that was killed goes
+on.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     cannot be read or too many rows of a table cannot be used.
     """
     store.open_or_create()
-    accepted = store.read_json(ACCEPTED) or {}
     settings = options.model_dump(mode="json", include=set(_SETTINGS))
-    _check_settings(store, accepted.get("settings", settings), settings)
-    files = _with_new(accepted.get("files", []), discover(source, TRACES[options.trace].tables))
+    found = discover(source, TRACES[options.trace].tables)
+    accepted = _accepted(store, settings)
+    files = _with_new([RawFile(**file) for file in accepted["files"]], found)
     state = {"settings": settings, "files": [file.model_dump() for file in files]}
     if state == accepted and store.exists(f"telemetry/{MANIFEST}"):
         log.info("ingest: nothing new in %s", source)
@@ -59,10 +60,12 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     kinds = {kind: [r for path, r in outputs.items() if f"/{kind}-" in path] for kind in TELEMETRY}
     figures["bins"] = {kind: sum(r["rows"] for r in found) for kind, found in kinds.items() if found}
     figures["dependencies"] = _sum_counters(r["edges"] for r in outputs.values() if "edges" in r)
-    figures["peak_bytes"] = max([r["peak_bytes"] for r in [*receipts, *outputs.values()] if "peak_bytes" in r])
+    figures["peak_bytes"] = max(r.get("peak_bytes", 0) for r in [*receipts, *outputs.values()])
     telemetry = [r for found in kinds.values() for r in found]
     if not telemetry:
-        raise InputError("the source has no usable row of machine_usage or container_usage; nothing to forecast")
+        raise InputError(
+            "the source has no usable row of machine_usage or container_usage; nothing to forecast"
+        )
     store.write_json(
         f"telemetry/{MANIFEST}",
         {
@@ -81,26 +84,32 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     return {**figures, "skipped": False}
 
 
-def _check_settings(store: Store, had: dict[str, Any], given: dict[str, Any]) -> None:
-    for name, value in given.items():
-        if had[name] != value:
-            raise InputError(
-                f"--{name} {value}: the store {store.uri} was ingested with {had[name]}; "
-                "use that, or another store"
-            )
+def _accepted(store: Store, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the store and the files accepted so far. Raises InputError if the settings differ."""
+    state: dict[str, Any] = store.read_json(ACCEPTED) or {"settings": None, "files": []}
+    had = state["settings"]
+    if had != settings and not state["files"]:
+        store.remove("ingested")  # what a run with other settings has left, which never came to its end
+        state = {"settings": settings, "files": []}
+        store.write_json(ACCEPTED, state)
+    elif had != settings:
+        name, value = next((name, value) for name, value in settings.items() if had.get(name) != value)
+        raise InputError(
+            f"--{name} {value}: the store {store.uri} was ingested with {had.get(name)}; "
+            "use that, or another store"
+        )
+    return state
 
 
-def _with_new(accepted: list[dict[str, Any]], found: list[RawFile]) -> list[RawFile]:
-    """Accepted files and found ones. A path with other content than before replaces what it had."""
-    files = {file["uri"]: RawFile(**file) for file in accepted}
-    known = {file.key: file.uri for file in files.values()}
-    for file in found:
-        if file.key in known:
-            if known[file.key] != file.uri:
-                log.warning("%s: same content as %s, which is in the store; left out", file.uri, known[file.key])
-        else:
-            files[file.uri] = file
-    return sorted(files.values(), key=lambda file: file.uri)
+def _with_new(accepted: list[RawFile], found: list[RawFile]) -> list[RawFile]:
+    """Accepted files and found ones, each content once; a path with other content replaces what it had."""
+    files = {file.uri: file for file in [*accepted, *found]}
+    old_first = sorted(files.values(), key=lambda file: (file not in accepted, file.uri))
+    by_key: dict[str, RawFile] = {}
+    for file in old_first:
+        if (same := by_key.setdefault(file.key, file)) is not file:
+            log.warning("%s: same content as %s, left out", file.uri, same.uri)
+    return sorted(by_key.values(), key=lambda file: file.uri)
 
 
 def _map(store: Store, pieces: list[Chunk], options: IngestOptions) -> list[dict[str, Any]]:
@@ -139,8 +148,8 @@ def _check_rejected(figures: dict[str, Any], limit: float) -> None:
             why = ", ".join(f"{reason}: {rows:,}" for reason, rows in reasons.items())
             raise InputError(
                 f"{table}: {sum(reasons.values()):,} of {figures['rows_read'][table]:,} rows cannot be used "
-                f"({share:.1%}; {why}), more than --max-rejected-share {limit}; the rows are in rejected/{table}, "
-                "nothing was published"
+                f"({share:.1%}; {why}), more than --max-rejected-share {limit}; "
+                f"the rows are in rejected/{table}, nothing was published"
             )
 
 
@@ -161,7 +170,7 @@ def _combine(
     store: Store, options: IngestOptions, parts: dict[str, dict[str, list[str]]]
 ) -> dict[str, dict[str, Any]]:
     """Builds what is stale and returns the receipts of all outputs, by path."""
-    metrics = list(TRACES[options.trace].metrics)
+    metrics = TRACES[options.trace].metrics
     plan = {
         f"telemetry/{place.split('/')[0]}/{kind}-{place[-2:]}.parquet": {"kind": kind, "parts": sorted(found)}
         for kind in TELEMETRY
@@ -172,8 +181,12 @@ def _combine(
         return combine_telemetry(store, item["kind"], item["parts"], item["target"], metrics)
 
     outputs = make(store, plan, telemetry, _OUTPUTS, "ingest: days")
-    entities = parts["entities"].get("all", [])
-    store.write_table("entities/entities.parquet", combine_entities(store, entities))
+
+    def entities(item: dict[str, Any]) -> dict[str, Any]:
+        return combine_entities(store, item["parts"], item["target"])
+
+    described = {"parts": sorted(parts["entities"]["all"])}
+    make(store, {"entities/entities.parquet": described}, entities, _OUTPUTS, "ingest: entities")
 
     def dependencies(item: dict[str, Any]) -> dict[str, Any]:
         return combine_dependencies(store, options, item)
@@ -207,7 +220,9 @@ def _dependency_plan(
         }
         item: dict[str, Any] = {"day": day, **recent, "hosted": hosted, "telemetry": []}
         if not hosted and not parts["instances"]:
-            item["telemetry"] = sorted(p for p in telemetry if p.startswith(f"telemetry/date={near[1]}/machine-"))
+            item["telemetry"] = sorted(
+                p for p in telemetry if p.startswith(f"telemetry/date={near[1]}/machine-")
+            )
             item["inputs"] = [telemetry[path]["parts"] for path in item["telemetry"]]
         plan[f"dependencies/date={day}/machine.parquet"] = item
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
@@ -63,7 +64,7 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     store.write_json(f"{work}/dataset/{MANIFEST}", finished.model_dump(mode="json"))
     store.publish(f"{work}/dataset", f"windows/{options.windows}")
     store.remove(work)
-    peak = max((receipt["peak_bytes"] for receipt in receipts), default=0)
+    peak = max((receipt.get("peak_bytes", 0) for receipt in receipts), default=0)
     return {**_figures(finished), "peak_bytes": peak, "skipped": False}
 
 
@@ -88,7 +89,9 @@ def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
     if named.is_empty():
         raise InputError(f"--level {options.level}: the store has no {kind} with telemetry of that level")
     names = named["unit"].unique().sort().to_list()
-    groups = [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
+    groups = (
+        [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
+    )
     places = pl.DataFrame(
         [(name, group, index) for group, members in enumerate(groups) for index, name in enumerate(members)],
         schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
@@ -110,9 +113,7 @@ def _graph(store: Store) -> pl.DataFrame:
     return total
 
 
-def _draft(
-    telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame, digest: str
-) -> Manifest:
+def _draft(telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame, digest: str) -> Manifest:
     """The manifest but for what only the shards' values can tell."""
     known = [name for metric in telemetry["metrics"] for name in (metric, f"{metric}_max")]
     for metric in options.metrics:
@@ -125,14 +126,18 @@ def _draft(
     start = span["first"] // options.step * options.step
     steps = (span["last"] + base - start) // options.step  # a last step that is not over yet is left out
     history, horizon = options.history // options.step, options.horizon // options.step
+    max_gap = options.max_gap // options.step
     boundaries = manifests.boundaries(steps, options.split, history, horizon)
     lags = tuple(
         lag // options.step
         for lag in sorted(options.lags)
-        if horizon <= lag // options.step <= boundaries[0] // 2
+        if horizon <= lag // options.step <= boundaries[0] - horizon
     )
     groups = (
-        units.select("unit", "group", "index").unique().sort("group", "index").group_by("group", maintain_order=True)
+        units.select("unit", "group", "index")
+        .unique()
+        .sort("group", "index")
+        .group_by("group", maintain_order=True)
     )
     members = tuple(tuple(frame["unit"].to_list()) for _, frame in groups)
     return Manifest(
@@ -145,14 +150,14 @@ def _draft(
         history=history,
         horizon=horizon,
         lags=lags,
-        max_gap=options.max_gap // options.step,
+        max_gap=max_gap,
         slice=telemetry["settings"]["slice"],
         boundaries=boundaries,
         groups=members,
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),
-        shards=tuple(_stretches(options, steps, history, horizon, lags, members)),
+        shards=tuple(_stretches(options, steps, history, horizon, lags, max_gap, members)),
         fingerprint=digest,
     )
 
@@ -163,20 +168,21 @@ def _stretches(
     history: int,
     horizon: int,
     lags: tuple[int, ...],
+    max_gap: int,
     groups: tuple[tuple[str, ...], ...],
 ) -> list[Shard]:
     """Shards of about the wanted size, but never so short that the halo outweighs what it surrounds.
 
     The last shard of a group also holds the origin at the end of the telemetry: the forecast's.
     """
-    back = manifests.context(history, lags)
+    back = manifests.context(history, lags, max_gap)
     shards = []
     for group, members in enumerate(groups):
         row = len(members) * len(options.metrics) * 4
         width = max((options.shard_mb << 20) // row, back + horizon)
         count = max(1, round(steps / width))
         edges = [round(steps * i / count) for i in range(count + 1)]
-        for number, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for number, (low, high) in enumerate(pairwise(edges)):
             name = f"windows/{options.windows}/shards/group-{group:05d}-{number:04d}"
             shards.append(
                 Shard(
@@ -220,8 +226,9 @@ def _build(
             where[what, group].append(RowGroup(path, number))
 
     def touching(what: str, part: Shard) -> list[dict[str, Any]]:
-        """Row groups of the days between a shard's first and last step, and of the day before for edges."""
-        low, high = (_date(draft, at) for at in (part.first - 86_400 // draft.step, part.last))
+        """Row groups of the days from a shard's first step, and two slices before for edges, to its last."""
+        before = -(-2 * draft.slice // draft.step)
+        low, high = (_date(draft, at) for at in (part.first - before, part.last))
         return [vars(at) for at in where[what, part.group] if low <= at.path.split("date=")[1][:10] <= high]
 
     prefix = f"windows/{options.windows}"
@@ -260,8 +267,8 @@ def _date(draft: Manifest, step: int) -> str:
 def _finish(draft: Manifest, summary: Summary, options: ShardOptions) -> Manifest:
     for position in summary.unseen:
         raise InputError(
-            f"--metrics {draft.metrics[position]}: no value in the training part; leave the metric out, or use "
-            f"another --split than {options.split}"
+            f"--metrics {draft.metrics[position]}: no value in the training part; leave the metric out, "
+            f"or use another --split than {options.split}"
         )
     return draft.model_copy(
         update={

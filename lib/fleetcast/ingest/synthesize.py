@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 from fleetcast.errors import InputError
-from fleetcast.runtime import PeakMemory
+from fleetcast.runtime import spread
 from fleetcast.store import Store
 from fleetcast.traces.synthesis import Part, SynthesizeOptions, parts, write_part
 
@@ -24,8 +24,6 @@ def synthesize(options: SynthesizeOptions, out: Store) -> dict[str, Any]:
     Every file is written whole or not at all and depends on the options alone, so a run that died is simply
     run again. Raises InputError if `out` is a file.
     """
-    import ray  # late: `ray_session` sets the environment that Ray reads when it is imported
-
     if out.fs.isfile(out.root):
         raise InputError(f"--out {out.uri}: is a file, expected a folder")
     todo = parts(options)
@@ -39,24 +37,20 @@ def synthesize(options: SynthesizeOptions, out: Store) -> dict[str, Any]:
     def write(item: dict[str, Any]) -> dict[str, Any]:
         return _write(options, out, Part(item["table"], item["index"]))
 
+    started = time.monotonic()
     items = [{"table": part.table, "index": part.index} for part in todo]
-    receipts = ray.data.from_items(items, override_num_blocks=len(items)).map(write)
-    started, rows, size, busy, peak = time.monotonic(), Counter[str](), 0, 0.0, 0
-    for done, receipt in enumerate(receipts.iter_rows(), start=1):
+    receipts = spread(items, write, "synthesize: files")
+    rows: Counter[str] = Counter()
+    for receipt in receipts:
         rows[receipt["table"]] += receipt["rows"]
-        size += receipt["bytes"]
-        busy += receipt["seconds"]
-        peak = max(peak, receipt["peak_bytes"])
-        log.info("%s: %d rows (%d of %d files)", receipt["file"], receipt["rows"], done, len(items))
-    seconds = time.monotonic() - started
     return {
         "out": out.uri,
         "files": len(items),
-        "bytes": size,
+        "bytes": sum(receipt["bytes"] for receipt in receipts),
         "rows": dict(rows),
-        "rows_per_second": round(rows.total() / seconds),
-        "rows_per_second_and_core": round(rows.total() / busy),
-        "peak_memory_bytes": peak,
+        "rows_per_second": round(rows.total() / (time.monotonic() - started)),
+        "rows_per_second_and_core": round(rows.total() / sum(receipt["seconds"] for receipt in receipts)),
+        "peak_bytes": max(receipt["peak_bytes"] for receipt in receipts),
     }
 
 
@@ -66,15 +60,7 @@ def _file(options: SynthesizeOptions, part: Part) -> str:
 
 def _write(options: SynthesizeOptions, out: Store, part: Part) -> dict[str, Any]:
     """One file → its receipt."""
-    started, memory = time.monotonic(), PeakMemory()
     with out.write(_file(options, part)) as file:
         rows = write_part(options, part, file)
         size = file.tell()
-    return {
-        "table": part.table,
-        "file": _file(options, part),
-        "rows": rows,
-        "bytes": size,
-        "seconds": time.monotonic() - started,
-        "peak_bytes": memory.bytes(),
-    }
+    return {"table": part.table, "rows": rows, "bytes": size}

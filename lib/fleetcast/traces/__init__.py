@@ -14,8 +14,8 @@ class Trace:
     """One source format."""
 
     tables: Mapping[str, Table]
-    metrics: tuple[str, ...]
-    """Every metric of its telemetry, in the order of the columns."""
+    metrics: Mapping[str, float]
+    """Every metric of its telemetry, in the order of the columns, and how many raw units are one of ours."""
 
 
 TRACES: dict[str, Trace] = {

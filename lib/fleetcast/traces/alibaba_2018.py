@@ -1,8 +1,9 @@
 """Alibaba cluster-trace-v2018: six headerless tables of machines, containers and batch jobs.
 
-Times are seconds from the trace's start. Container stamps run one day later than machine stamps; the publisher
-says that both are right, so they are used as they are. Utilisations, network and bandwidth are percent of
-capacity (0-100); -1 and 101 mark invalid values. A file is in no order, so order is never relied on.
+Times are seconds from the trace's start. Container stamps run one day later than machine stamps; the
+publisher says that both are right, so they are used as they are. Utilisations, network and bandwidth are
+percent of capacity (0-100); -1 and 101 mark invalid values. A file is in no order, so order is never relied
+on.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ _USAGE = {
 _MACHINE_USAGE = {**_USAGE, "mpki": ("mkpi", 1.0)}  # spelt so in the schema
 _CONTAINER_USAGE = {**_USAGE, "mpki": ("mpki", 1.0), "cpi": ("cpi", 1.0)}
 
-#: Every metric that this source has, in the order of the telemetry's columns.
-METRICS = tuple(_CONTAINER_USAGE)
+#: Every metric that this source has, in the order of the telemetry's columns, and what to divide it by.
+METRICS = {metric: divisor for metric, (_, divisor) in _CONTAINER_USAGE.items()}
 
 #: A stamp later than this is a broken clock, not a long trace.
 _LATEST = 10 * 366 * 86_400
+#: No count is larger, and its float32 is still finite.
+_LARGEST = 1e30
+
+#: The letter means nothing; then the task's number, the numbers it waits for, and maybe a suffix (`_Stg8`).
+_TASK_NAME = r"^[A-Za-z](\d+)((?:_\d+)*)_?(?:_[A-Za-z].*)?$"
+#: Names are cut off here, so a last number that ends here may be the stump of a longer one.
+_TASK_NAME_LIMIT = 50
 
 _text, _integer, _real = pl.String, pl.Int64, pl.Float32
 
@@ -51,9 +59,9 @@ _ENDS_EARLY = {
 
 
 def _invalid(usage: dict[str, tuple[str, float]]) -> dict[str, pl.Expr]:
-    """Present values that no fraction of capacity, and no count, can have."""
+    """Present values that no fraction of capacity, and no count, can have; nan and inf are among them."""
     return {
-        column: ~(pl.col(column).is_between(0, 100) if divisor == 100.0 else pl.col(column).ge(0))
+        column: ~pl.col(column).is_between(0, 100 if divisor == 100.0 else _LARGEST)
         for column, divisor in usage.values()
     }
 
@@ -67,7 +75,10 @@ def _unix(column: str, binning: Binning, width: int) -> pl.Expr:
 def _bins(
     frame: pl.DataFrame, entity: str, usage: dict[str, tuple[str, float]], binning: Binning
 ) -> pl.DataFrame:
-    """Samples → per entity and bin, and per metric, sum, count and maximum of the valid values; and `samples`."""
+    """Samples → per entity and bin, and per metric, sum, count, maximum of the valid values; and `samples`.
+
+    In raw units: percentages are short numbers, whose float64 sums are exact whatever the order.
+    """
     metrics = list(usage)
     invalid = _invalid(usage)
     valid = [
@@ -90,13 +101,8 @@ def _bins(
         )
         .collect()
     )
-    scaled = [
-        (pl.col(f"{metric}{part}") / divisor).cast(dtype)
-        for metric, (_, divisor) in usage.items()
-        for part, dtype in (("_sum", pl.Float64), ("_max", pl.Float32))
-    ]
-    time = ((pl.col("bin").cast(pl.Int64) * binning.step + binning.start) * 1000).cast(pl.Datetime("ms", "UTC"))
-    return bins.with_columns(time.alias("time"), *scaled).drop("bin")
+    seconds = pl.col("bin").cast(pl.Int64) * binning.step + binning.start
+    return bins.with_columns(time=(seconds * 1000).cast(pl.Datetime("ms", "UTC"))).drop("bin")
 
 
 def _entities(frame: pl.DataFrame, **columns: pl.Expr) -> pl.DataFrame:
@@ -150,13 +156,13 @@ def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataF
         machine="machine_id",
         service="app_du",
         start=_unix("time_stamp", binning, 1),
-        running=pl.col("status") != "stopped",
+        running=pl.col("status").ne_missing("stopped"),
     )
     return {"entities": containers, "hosted": placed}
 
 
 def _container_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    names = frame.group_by("container_id").agg(pl.col("machine_id").last(), pl.col("time_stamp").max())
+    names = frame.group_by("container_id", "machine_id").agg(pl.col("time_stamp").max())
     containers = _entities(
         names,
         entity=pl.col("container_id"),
@@ -167,9 +173,29 @@ def _container_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.Data
     return {"container": _bins(frame, "container_id", _CONTAINER_USAGE, binning), "entities": containers}
 
 
+def parse_task_names(names: pl.Series) -> pl.DataFrame:
+    """Task names → `number` (int64, null where the task stands alone) and `upstream` (list of int64).
+
+    `M1` waits for nothing, `M5_3_4` for 3 and 4, `R2_1_Stg8` for 1; `MergeTask` and `task_<base64>` stand
+    alone.
+    """
+    name = pl.col("name")
+    waits = name.str.extract(_TASK_NAME, 2)
+    cut_off = (name.str.len_chars() >= _TASK_NAME_LIMIT) & name.str.contains(r"\d$")
+    whole = pl.when(cut_off).then(waits.str.replace(r"_\d+$", "")).otherwise(waits)
+    number = name.str.extract(_TASK_NAME, 1).cast(pl.Int64, strict=False)
+    upstream = (
+        whole.str.extract_all(r"\d+").list.eval(pl.element().cast(pl.Int64, strict=False)).list.drop_nulls()
+    )
+    parsed = names.alias("name").cast(pl.String).to_frame().select(number=number, upstream=upstream)
+    alone = pl.col("number").is_null() | pl.col("upstream").is_null()
+    return parsed.with_columns(upstream=pl.when(alone).then([]).otherwise(pl.col("upstream")))
+
+
 def _batch_task(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    tasks = frame.select("job_name", "task_name", slice=_unix("start_time", binning, binning.slice))
-    return {"tasks": tasks.filter(pl.col("task_name").str.contains(r"^[A-Za-z]\d+(_|$)"))}
+    named = frame.select("job_name", "task_name", slice=_unix("start_time", binning, binning.slice))
+    tasks = pl.concat([named, parse_task_names(named["task_name"])], how="horizontal")
+    return {"tasks": tasks.drop_nulls("number")}
 
 
 def _batch_instance(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:

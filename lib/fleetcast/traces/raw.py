@@ -56,8 +56,8 @@ class Parsed:
 def parse(block: bytes, table: Table) -> Parsed:
     """Whole lines of a table → usable rows and the others with their reasons.
 
-    The strict parser is tried first; only a block that it refuses, or whose comma count is off (it fills short
-    rows with nulls), is taken apart line by line.
+    The strict parser is tried first; only a block that it refuses, or whose comma count is off (it fills
+    short rows with nulls), is taken apart line by line.
     """
     rows = block.count(b"\n") + (not block.endswith(b"\n"))
     try:
@@ -88,36 +88,53 @@ def _no_rejects() -> pl.DataFrame:
 
 
 def _lines(block: bytes) -> pl.DataFrame:
-    """`offset` and `line` of every row of a block."""
+    """`offset`, `line`, and `broken` where it is not UTF-8, of every row of a block."""
     lines = block.removesuffix(b"\n").split(b"\n")
     lengths = np.fromiter((len(line) + 1 for line in lines), np.int64, len(lines))
     offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    texts = [line.decode("utf-8", errors="replace").removesuffix("\r") for line in lines]
-    return pl.DataFrame({"offset": offsets, "line": texts}, schema={"offset": pl.Int64, "line": pl.String})
+    texts = [line.decode("utf-8", errors="backslashreplace") for line in lines]
+    return pl.DataFrame(
+        {
+            "offset": offsets,
+            "line": [text.removesuffix("\r") for text in texts],
+            "broken": [len(text.encode()) != len(line) for text, line in zip(texts, lines, strict=True)],
+        },
+        schema={"offset": pl.Int64, "line": pl.String, "broken": pl.Boolean},
+    )
 
 
 def _parse_line_by_line(block: bytes, table: Table) -> tuple[pl.DataFrame, pl.DataFrame, pl.DataFrame]:
-    """As `parse`, for text that is not clean: usable frame, rejected rows, and the usable rows' lines."""
+    """As `parse`, for text that is not clean: usable frame, rejected rows, and the usable rows' lines.
+
+    A line that the strict parser takes means the same here: a row's fate does not depend on its neighbours.
+    """
     lines = _lines(block).with_columns(fields=pl.col("line").str.split(","))
     width = len(table.columns)
     names = list(table.columns)
     texts = lines.select(
         "offset",
         "line",
+        "broken",
         pl.col("fields").list.len().alias("width"),
         *(pl.col("fields").list.get(i, null_on_oob=True).alias(name) for i, name in enumerate(names)),
     )
     values = texts.with_columns(
-        pl.when(pl.col(name) == "").then(None).otherwise(pl.col(name)).alias(name) for name in names
+        pl.when(pl.col(name).is_in(["", "\r"])).then(None).otherwise(pl.col(name)).alias(name)
+        for name in names
+    ).with_columns(
+        pl.col(name).str.strip_chars_start(" \t")
+        for name, dtype in table.columns.items()
+        if dtype.is_numeric()
     )
     cast = values.select(pl.col(name).cast(dtype, strict=False) for name, dtype in table.columns.items())
     reason = pl.coalesce(
+        pl.when(values["broken"]).then(pl.lit("not UTF-8")),
         pl.when(values["width"] != width).then(
             pl.format("{} columns, expected {}", values["width"], pl.lit(width))
         ),
         *(
             pl.when(values[name].is_not_null() & cast[name].is_null()).then(
-                pl.lit(f"{name} is not a number" if dtype.is_numeric() else f"{name} is not text")
+                pl.lit(f"{name} is not a {'whole number' if dtype.is_integer() else 'number'}")
             )
             for name, dtype in table.columns.items()
         ),

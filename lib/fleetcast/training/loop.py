@@ -1,8 +1,8 @@
 """The training loop of one process among several, in plain torch.
 
 The loss is the mean squared error of the mean (stgnn, eq. 4; fusion, eq. 7) plus the pinball loss of the
-quantiles, over observed targets only. Sums and counts are added over all ranks before they are divided, so two
-ranks with a batch each take the step that one rank takes with both.
+quantiles, over observed targets only. Sums and counts are added over all ranks before they are divided, so
+two ranks with a batch each take the step that one rank takes with both.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Run:
 def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
     """Runs all epochs that are left; `save` is called after each, on every rank, with its figures.
 
-    Raises DivergedError with epoch and step if the loss is not finite.
+    Raises DivergedError with epoch and step if the loss is not finite, or with the epoch if the validation's
+    is not.
     """
     while not run.progress.finished(run.options):
         epoch = run.progress.epoch
@@ -91,6 +92,8 @@ def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
         started = time.monotonic()
         train_loss, windows = _train_epoch(run)
         val_loss = validate(run)
+        if not math.isfinite(val_loss):
+            raise DivergedError(f"epoch {epoch + 1}: the validation loss is {val_loss}")
         seconds = time.monotonic() - started
         if val_loss < run.progress.best_loss:
             run.progress.best_loss, run.progress.best_epoch = val_loss, epoch
@@ -147,7 +150,7 @@ def _train_epoch(run: Run) -> tuple[float, int]:
                 o.epochs,
                 step + 1,
                 len(plan),
-                float(mean),
+                mean.item(),
                 f"{windows / (now - started):,.0f}",
             )
     loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()

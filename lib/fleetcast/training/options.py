@@ -33,7 +33,7 @@ class TrainOptions(Options):
     """Of AdamW."""
     clip_norm: float = Field(5.0, gt=0)
     """Largest norm of the gradient."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of initial weights and the order of windows."""
     workers: int = Field(1, ge=1)
     """DDP workers. Part of what makes a run reproducible."""

@@ -79,7 +79,7 @@ def _fit(
     store: Store, manifest: Manifest, options: TrainOptions, geometry: Geometry, digest: str
 ) -> tuple[Progress, dict[str, torch.Tensor], int]:
     """Runs Ray Train to the end; returns progress, the best weights, and the largest memory of a worker."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     def worker(_: dict[str, Any]) -> int:
@@ -101,6 +101,7 @@ def _fit(
             storage_filesystem=store.arrow_fs,
             failure_config=FailureConfig(max_failures=options.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     log.info(
@@ -127,8 +128,9 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
     context = ray.train.get_context()
     config: ModelConfig = getattr(options, options.model)
     torch.manual_seed(options.seed)
-    net = models.build(options.model, config.model_dump(), geometry)
     device = ray.train.torch.get_device()
+    # On its device before the optimizer is restored, whose moments follow the weights.
+    net = models.build(options.model, config.model_dump(), geometry).to(device)
     run = Run(
         net=net,
         optimizer=torch.optim.AdamW(
@@ -143,12 +145,13 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
         rank=context.get_world_rank(),
         world=context.get_world_size(),
     )
+    # On its device first: the optimizer's moments are restored to where the parameters are.
+    run.net = ray.train.torch.prepare_model(net)
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
             checkpoints.restore(run, Path(folder))
         log.info("train: rank %d goes on after epoch %d", run.rank, run.progress.epoch)
-    run.net = ray.train.torch.prepare_model(net)
 
     def save(run: Run, figures: dict[str, float]) -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
 """Telemetry and dependencies → shards, in two passes over files.
 
-First each telemetry file is taken apart by entity group, brought to the dataset's step, and written with one row
-group per entity group; the same for each file of dependencies. Then each shard reads its row groups of the days
-it touches. No pass holds more than one file or one shard.
+First each telemetry file is taken apart by entity group, brought to the dataset's step, and written with one
+row group per entity group; the same for each file of dependencies. Then each shard reads its row groups of
+the days it touches. No pass holds more than one file or one shard.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from fleetcast.config import Options
 from fleetcast.store import Store
 from fleetcast.windows.edges import combine
 from fleetcast.windows.manifest import Scaler, Shard
+
+#: A slice divides a day [s].
+_LONGEST_SLICE = 86_400
 
 
 class Grid(Options):
@@ -42,11 +45,13 @@ def _is_maximum(metric: str) -> bool:
     return metric.endswith("_max")
 
 
-def split_telemetry(store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid) -> dict[str, Any]:
+def split_telemetry(
+    store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid
+) -> dict[str, Any]:
     """One telemetry file → rows of (`step`, `index`, sums, counts, maxima), one row group per entity group.
 
-    `units` maps `entity` to its `group` and `index`; several entities may share one, as containers of a service
-    do. Returns which group lies in which row group.
+    `units` maps `entity` to its `group` and `index`; several entities may share one, as containers of a
+    service do. Returns which group lies in which row group.
     """
     table: Any = pl.from_arrow(store.read_table(source, columns=["entity", "time", *grid.metrics]))
     step = (pl.col("time").dt.epoch("s") - grid.start) // grid.step
@@ -89,7 +94,7 @@ def split_dependencies(
 
 
 def _write_by_group(store: Store, target: str, rows: pl.DataFrame) -> list[int]:
-    """Writes rows sorted by `group`, without that column; returns the groups in the order of the row groups."""
+    """Writes rows sorted by `group`, without that column; returns the groups in order of the row groups."""
     groups = rows["group"].unique().sort().to_list()
     schema = rows.drop("group").head(0).to_arrow().schema
     with store.write(target) as file, pq.ParquetWriter(file, schema, compression="lz4") as writer:
@@ -134,7 +139,7 @@ def build_shard(
 
 
 def _dense(grid: Grid, shard: Shard, entities: int, rows: pl.DataFrame | None) -> NDArray[np.float32]:
-    """[T, N, F] means and maxima, NaN where there was no sample."""
+    """[T, N, F] means and maxima, NaN where there was no sample or an infinite one."""
     dense = np.full((shard.last - shard.first, entities, len(grid.metrics)), np.nan, np.float32)
     if rows is None:
         return dense
@@ -150,6 +155,7 @@ def _dense(grid: Grid, shard: Shard, entities: int, rows: pl.DataFrame | None) -
             value = pl.when(pl.col(f"{metric}#") > 0).then(value / pl.col(f"{metric}#"))
         column = merged.select(value.cast(pl.Float32).fill_null(float("nan")))[metric]
         dense[*at, f] = column.to_numpy()
+    dense[np.isinf(dense)] = np.nan
     return dense
 
 
@@ -159,7 +165,9 @@ def _long(grid: Grid, shard: Shard, entities: tuple[str, ...], dense: NDArray[np
     times = (grid.start + grid.step * np.arange(shard.first, shard.last, dtype=np.int64)) * 1000
     columns = {
         "time": pa.array(np.repeat(times, n)).cast(schemas.TIME),
-        "entity": pa.DictionaryArray.from_arrays(np.tile(np.arange(n, dtype=np.int32), steps), list(entities)),
+        "entity": pa.DictionaryArray.from_arrays(
+            np.tile(np.arange(n, dtype=np.int32), steps), list(entities)
+        ),
     }
     for f, metric in enumerate(grid.metrics):
         columns[metric] = pa.array(np.ascontiguousarray(dense[:, :, f]).reshape(-1))
@@ -168,13 +176,16 @@ def _long(grid: Grid, shard: Shard, entities: tuple[str, ...], dense: NDArray[np
 
 def _shard_edges(grid: Grid, shard: Shard, found: pl.DataFrame | None) -> pa.Table:
     """`time` of the slice, `source` and `target` as positions in the group's entities, `weight`."""
-    empty = {"time": pl.Datetime("ms", "UTC"), "source": pl.Int32, "target": pl.Int32, "weight": pl.Float32}
+    empty = pl.Schema(
+        {"time": pl.Datetime("ms", "UTC"), "source": pl.Int32(), "target": pl.Int32(), "weight": pl.Float32()}
+    )
     edges = pl.DataFrame(schema=empty) if found is None else found
     seconds = pl.col("time").dt.epoch("s")
     low, high = (grid.start + grid.step * at for at in (shard.first, shard.last))
+    # The last slice that is complete at a step starts less than two slices before it.
     return (
         edges.select(pl.col(name).cast(dtype) for name, dtype in empty.items())
-        .filter(seconds.is_between(low - 86_400, high))
+        .filter(seconds.is_between(low - 2 * _LONGEST_SLICE, high))
         .to_arrow()
     )
 
@@ -185,11 +196,12 @@ def _statistics(grid: Grid, shard: Shard, dense: NDArray[np.float32]) -> dict[st
     values = dense[own].astype(np.float64)
     train = values[: max(0, grid.train - shard.start)]
     seen = np.isfinite(train)
-    shown = np.where(seen, train, 0)
+    count, total = seen.sum((0, 1)), np.where(seen, train, 0).sum((0, 1))
+    deviation = np.where(seen, train - total / np.maximum(count, 1), 0)
     statistics = {
-        "count": seen.sum((0, 1)),
-        "sum": shown.sum((0, 1)),
-        "squares": (shown**2).sum((0, 1)),
+        "count": count,
+        "sum": total,
+        "squares": (deviation**2).sum((0, 1)),
         "observed": np.isfinite(values).sum((0, 1)),
         "cells": np.full(len(grid.metrics), values.shape[0] * values.shape[1]),
         "seasonal_sum": np.zeros(len(grid.metrics)),
@@ -217,11 +229,14 @@ class Summary:
 
 def summarise(statistics: list[dict[str, list[float]]]) -> Summary:
     """Sums over shards → scaler, unit of MASE, share of observed values. A constant metric has std 1."""
-    total = {name: np.sum([s[name] for s in statistics], axis=0) for name in statistics[0]}
+    each = {name: np.array([s[name] for s in statistics]) for name in statistics[0]}
+    total = {name: values.sum(axis=0) for name, values in each.items()}
     count = np.maximum(total["count"], 1)
     mean = total["sum"] / count
-    variance = np.maximum(total["squares"] / count - mean**2, 0)
-    std = np.where(variance > 1e-12, np.sqrt(variance), 1)
+    # Squares are about the means of their shards: those of large values would drown the variance.
+    between = each["count"] * (each["sum"] / np.maximum(each["count"], 1) - mean) ** 2
+    std = np.sqrt((total["squares"] + between.sum(axis=0)) / count)
+    std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # what float32 can tell from a constant
     seasonal = total["seasonal_sum"] / np.maximum(total["seasonal_count"], 1)
     return Summary(
         Scaler(mean=tuple(mean), std=tuple(std)),

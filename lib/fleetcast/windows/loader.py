@@ -34,9 +34,7 @@ class Shards:
         if index not in self._open:
             while len(self._open) >= self.most:
                 self._open.popitem(last=False)
-            self._open[index] = OpenShard(
-                self.store, self.manifest, self.manifest.shards[index], self.scaler
-            )
+            self._open[index] = OpenShard(self.store, self.manifest, self.manifest.shards[index], self.scaler)
         self._open.move_to_end(index)
         return self._open[index]
 
@@ -46,7 +44,7 @@ class Shards:
         return sum(shard.nbytes for shard in self._open.values())
 
     def batches(self, items: Sequence[Item]) -> Iterator[Batch]:
-        """The batches of a plan in its order, assembled by a thread while the caller works on the one before."""
+        """The batches of a plan in its order, assembled by a thread while the caller works on others."""
         plan = iter(items)
         with ThreadPoolExecutor(1, thread_name_prefix="windows") as thread:
             ready = deque(thread.submit(self._batch, item) for item in islice(plan, _AHEAD))

@@ -3,8 +3,8 @@
     step      0 ············· train ············· | ······ val ······ | ······ test ······ T
     window          [ look-back )[ horizon )                             a view: origin = first target step
 
-A window belongs to the part that holds its whole horizon; its look-back may reach into the part before, which is
-known by then. So no target is ever seen in two parts.
+A window belongs to the part that holds its whole horizon; its look-back may reach into the part before, which
+is known by then. So no target is ever seen in two parts.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Scaler(Options):
 
     def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """[F] mean and [F] std."""
-        return np.float32(self.mean), np.float32(self.std)
+        return np.array(self.mean, np.float32), np.array(self.std, np.float32)
 
 
 class Shard(Options):
-    """One stretch of time of one group: origins [start, stop), stored with the halo that their windows need."""
+    """One stretch of time of one group: origins [start, stop), stored with the halo their windows need."""
 
     path: str
     edges: str
@@ -97,7 +97,7 @@ class Manifest(Options):
     @property
     def context(self) -> int:
         """Steps before its origin that a window may look at."""
-        return context(self.history, self.lags)
+        return context(self.history, self.lags, self.max_gap)
 
     def origins(self, shard: Shard, part: Part) -> NDArray[np.int64]:
         """The origins of a part's windows that lie in a shard."""
@@ -117,14 +117,13 @@ class Manifest(Options):
         return max(0, high - self.horizon + 1 - max(low, self.history))
 
 
-def context(history: int, lags: tuple[int, ...]) -> int:
-    """Steps before its origin that a window may look at: the look-back or the longest lag."""
-    return max(history, *lags, 0) if lags else history
+def context(history: int, lags: tuple[int, ...], max_gap: int) -> int:
+    """Steps before its origin that a window may look at: the longest lag; or the look-back and the gap that
+    is open where it begins, as its filling leans on the last value before it."""
+    return max((history + max_gap, *lags))
 
 
-def boundaries(
-    steps: int, shares: tuple[float, float, float], history: int, horizon: int
-) -> tuple[int, int]:
+def boundaries(steps: int, shares: tuple[float, float, float], history: int, horizon: int) -> tuple[int, int]:
     """The chronological split. Raises InputError if a part holds no whole window."""
     train, val, _ = shares
     first = round(steps * train)
@@ -133,9 +132,9 @@ def boundaries(
     for name, room in parts.items():
         if room < horizon:
             raise InputError(
-                f"--split {' '.join(map(str, shares))}: of {steps} steps the {name} part leaves {max(room, 0)} "
-                f"for targets, expected at least the horizon of {horizon}; use more data, a shorter horizon or "
-                "another split"
+                f"--split {' '.join(map(str, shares))}: of {steps} steps the {name} part leaves "
+                f"{max(room, 0)} for targets, expected at least the horizon of {horizon}; use more data, a "
+                "shorter horizon or another split"
             )
     return first, second
 
@@ -165,16 +164,16 @@ class ShardOptions(Options):
     """What is forecast: machines, containers, or services (the mean of their containers)."""
     metrics: tuple[str, ...] = ("cpu", "memory", "disk_io", "net_in", "net_out")
     """Metrics to read and forecast; `<metric>_max` is the maximum within the bin."""
-    step: Seconds = 900
+    step: Seconds = Field(900, ge=1)
     """Width of a step [s, or 15min]; a multiple of the telemetry's, whose bins are averaged."""
     history: Seconds = 86_400
     """Look-back [s, or 1d]."""
     horizon: Seconds = 86_400
     """How far ahead to forecast [s, or 1d]."""
     lags: tuple[Seconds, ...] = (86_400, 604_800)
-    """Seasonal lags whose values are given to models and to the naive rungs [s]. Lags shorter than the horizon,
-    or longer than half of the training part, are left out."""
-    max_gap: Seconds = 3600
+    """Seasonal lags whose values are given to models and to the naive rungs [s]. Lags shorter than the
+    horizon, or too long for the training part, are left out."""
+    max_gap: Seconds = Field(3600, ge=0)
     """Longest gap that is interpolated [s]; longer ones stay missing."""
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)
     """Shares of training, validation and test, in the order of time."""

@@ -1,9 +1,9 @@
 """Which windows each rank sees, and in which order.
 
-Training: within a shard windows are shuffled and cut into batches; shards are visited in a shuffled order, a few
-at a time (a pool), and the batches of a pool are shuffled again. Ranks take batches in turn. So the order depends
-on seed, epoch and world size only, every rank takes the same number of steps, and a rank never holds more than a
-pool of shards.
+Training: within a shard windows are shuffled and cut into batches; shards are visited in a shuffled order, a
+few at a time (a pool), and the batches of a pool are shuffled again. Ranks take batches in turn. So the order
+depends on seed, epoch and world size only, every rank takes the same number of steps, and a rank never holds
+more than a pool of shards.
 
 Evaluation: every window once, in order, ranks in turn; nothing is dropped and nothing repeated.
 """

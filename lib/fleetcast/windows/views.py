@@ -1,7 +1,7 @@
 """An open shard: its steps once in memory, its windows as views.
 
-A window is an origin. Assembling a batch copies the windows of that batch and nothing else, so what is held does
-not grow with the look-back.
+A window is an origin. Assembling a batch copies the windows of that batch and nothing else, so what is held
+does not grow with the look-back.
 """
 
 from __future__ import annotations
@@ -32,9 +32,13 @@ class OpenShard:
         scaled = (read_values(store, manifest, shard) - mean) / std
         filled = interpolate(scaled, manifest.max_gap)
         self._observed = torch.from_numpy(np.isfinite(scaled))
-        self._scaled = torch.from_numpy(np.nan_to_num(scaled, copy=False))
+        self._scaled = torch.from_numpy(np.nan_to_num(scaled, copy=False, posinf=0, neginf=0))
         self._gaps = not bool(self._observed.all())
-        self._filled = torch.from_numpy(np.nan_to_num(filled, copy=False)) if self._gaps else self._scaled
+        self._filled = (
+            torch.from_numpy(np.nan_to_num(filled, copy=False, posinf=0, neginf=0))
+            if self._gaps
+            else self._scaled
+        )
         self._since = torch.from_numpy(steps_since_observed(self._observed.numpy())) if self._gaps else None
         self._calendar = time_features(
             manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
@@ -55,59 +59,67 @@ class OpenShard:
         An origin at the end of the telemetry gives a batch whose targets are all unobserved.
         """
         m = self.manifest
-        back = torch.arange(-(history or m.history), 0)
-        ahead = torch.arange(m.horizon)
         at = torch.from_numpy(origins)[:, None] - self.shard.first
-        past, future = at + back, at + ahead
-        beyond = future >= len(self._scaled)
-        known = future.clamp(max=len(self._scaled) - 1)
-        y_mask = self._observed[known] & ~beyond[:, :, None, None]
-        lagged = [self._lagged(future - lag) for lag in m.lags]
-        shape = (*y_mask.shape, 0)
-        x, mask = self._filled[past], self._observed[past]
-        if self._since is not None:
-            x = self._hold_last(x, past)
+        past, future = at + torch.arange(-(history or m.history), 0), at + torch.arange(m.horizon)
+        y, y_mask = self._observations(future)
+        lagged = [self._observations(future - lag) for lag in m.lags]
+        none = torch.zeros(*y.shape, 0)
         return Batch(
-            x=x,
-            mask=mask,
-            time_x=self._calendar[past],
-            time_y=self._calendar[future],
-            seasonal=torch.stack([v for v, _ in lagged], -1) if lagged else torch.zeros(shape),
-            seasonal_mask=torch.stack([o for _, o in lagged], -1) if lagged else torch.zeros(shape) > 0,
+            x=self._look_back(past),
+            mask=_take(self._observed, past),
+            time_x=_take(self._calendar, past),
+            time_y=_take(self._calendar, future),
+            seasonal=torch.stack([values for values, _ in lagged], -1) if lagged else none,
+            seasonal_mask=torch.stack([mask for _, mask in lagged], -1) if lagged else none > 0,
             edges=self._graphs(origins),
-            y=torch.where(y_mask, self._scaled[known], 0.0),
+            y=y,
             y_mask=y_mask,
             origins=torch.from_numpy(origins),
         )
 
-    def _lagged(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Observed values at steps that may lie before the shard, where nothing is known."""
-        before = steps < 0
-        at = steps.clamp(min=0)
-        observed = self._observed[at] & ~before[:, :, None, None]
-        return torch.where(observed, self._scaled[at], 0.0), observed
+    def last_steps(self, most: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The last `most` steps or all there are: scaled values [T, N, F], and which are observed."""
+        return self._scaled[-most:].numpy(), self._observed[-most:].numpy()
 
-    def _hold_last(self, x: Tensor, past: Tensor) -> Tensor:
-        """Undoes interpolation that leans on the future.
+    def _observations(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, N, F] values at `steps` [B, H], and which are observed: none before or after the shard."""
+        at = steps.clamp(0, len(self._scaled) - 1)
+        values, observed = _take(self._scaled, at), _take(self._observed, at)
+        outside = steps != at
+        if outside.any():
+            values[outside] = 0.0
+            observed[outside] = False
+        return values, observed
 
-        A gap that is still open at the origin was filled with the help of values after it. There the last value
-        is held instead, for as long as a gap may be; beyond that the filling is zero, the training mean.
+    def _look_back(self, past: Tensor) -> Tensor:
+        """Filled values at the steps `past` [B, L], without interpolation that leans on the future.
+
+        A gap that is still open at the origin was filled with the help of values after it, if it was short
+        enough to be filled. There the last value is held instead, for as long as a gap may be.
         """
-        since = self._since
-        assert since is not None
-        final = past[:, -1]
-        open_for = since[final].long()[:, None]  # [B, 1, N, F] steps since the last observation, at the origin
-        to_origin = (final[:, None] - past)[:, :, None, None]
-        in_open_gap = to_origin < open_for
-        last_seen = final[:, None, None, None] - open_for
-        held = self._scaled.gather(0, last_seen.clamp(min=0).flatten(0, 1)).unflatten(0, last_seen.shape[:2])
-        holdable = (open_for <= self.manifest.max_gap) & (last_seen >= 0)
-        return torch.where(in_open_gap, torch.where(holdable, held, 0.0), x)
+        x = _take(self._filled, past)
+        if self._since is None:
+            return x
+        final, max_gap = past[:, -1], self.manifest.max_gap
+        open_for = self._since.index_select(0, final)  # [B, N, F] steps since the last observation, at the origin
+        held = open_for <= final[:, None, None].clamp(max=max_gap)
+        width = torch.where(held, open_for, 0)
+        last_seen = self._scaled.gather(0, final[:, None, None] - width)
+        recent = x[:, -max_gap:]
+        to_origin = torch.arange(recent.shape[1], dtype=width.dtype).flip(0)[:, None, None]
+        recent.copy_(torch.where(to_origin < width[:, None], last_seen[:, None], recent))
+        return x
 
     def _graphs(self, origins: NDArray[np.int64]) -> Edges:
         m = self.manifest
         seconds = torch.from_numpy(origins * m.step + m.start)
-        return self._edges.batch(last_complete(seconds, self._edges.starts, m.slice), len(m.groups[self.shard.group]))
+        slices = last_complete(seconds, self._edges.starts, m.slice)
+        return self._edges.batch(slices, len(m.groups[self.shard.group]))
+
+
+def _take(steps: Tensor, at: Tensor) -> Tensor:
+    """[T, …] at the steps [B, K] → [B, K, …]. Whole rows are copied, much faster than by `steps[at]`."""
+    return steps.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 def read_values(store: Store, manifest: Manifest, shard: Shard) -> NDArray[np.float32]:
@@ -119,7 +131,7 @@ def read_values(store: Store, manifest: Manifest, shard: Shard) -> NDArray[np.fl
 
 
 def read_edges(store: Store, manifest: Manifest, shard: Shard) -> SliceEdges:
-    """The shard's edges, on the grid of all slices that it touches: one without edges is empty, not absent."""
+    """The shard's edges, on the grid of all slices it touches: one without edges is empty, not absent."""
     table: Any = pl.from_arrow(store.read_table(shard.edges))
     low = manifest.start + manifest.step * shard.first
     high = manifest.start + manifest.step * shard.last
@@ -139,9 +151,9 @@ def interpolate(values: NDArray[np.float32], max_gap: int) -> NDArray[np.float32
     observed = np.isfinite(values)
     if observed.all():
         return values
-    step = np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))
-    before = np.maximum.accumulate(np.where(observed, step, -1), axis=0)
-    after = np.minimum.accumulate(np.where(observed, step, len(values))[::-1], axis=0)[::-1]
+    step = np.arange(len(values), dtype=np.int32).reshape(-1, *[1] * (values.ndim - 1))
+    before = np.maximum.accumulate(np.where(observed, step, np.int32(-1)), axis=0)
+    after = np.minimum.accumulate(np.where(observed, step, np.int32(len(values)))[::-1], axis=0)[::-1]
     fill = ~observed & (before >= 0) & (after < len(values)) & (after - before - 1 <= max_gap)
     left = np.take_along_axis(values, np.clip(before, 0, None), axis=0)
     right = np.take_along_axis(values, np.clip(after, None, len(values) - 1), axis=0)
@@ -150,7 +162,7 @@ def interpolate(values: NDArray[np.float32], max_gap: int) -> NDArray[np.float32
 
 
 def steps_since_observed(observed: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """[T, …] steps since the last observation: 0 where observed; counted from before the start where none was."""
+    """[T, …] steps since the last observation: 0 where observed; from before the start where none was."""
     step = np.arange(len(observed), dtype=np.int32).reshape(-1, *[1] * (observed.ndim - 1))
     last = np.maximum.accumulate(np.where(observed, step, np.int32(-1)), axis=0)
     return step - last

@@ -1,0 +1,45 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := out/demo
+
+.PHONY: help demo test test-slow test-all check format bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "fleetcast needs Python 3.11 to 3.13")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.runtime  ## a synthetic cluster, from raw trace to tomorrow's forecast and its report
+	$(BIN)/python jobs/synthesize.py --config examples/demo-trace.yaml --out $(DEMO)/raw
+	$(BIN)/python jobs/nightly.py --config examples/demo-nightly.yaml --source $(DEMO)/raw --store $(DEMO)/store
+
+test: $(VENV)/.dev  ## the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.dev  ## the tests that take minutes: jobs killed and resumed, scale
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.dev  ## linter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## formats the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## ingest, loader and model against their alternatives
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## removes what the targets made
+	rm -rf $(VENV) out

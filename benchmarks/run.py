@@ -1,0 +1,66 @@
+"""All benchmarks in one run, their tables side by side.
+
+    python benchmarks/run.py                     as `make bench` runs them: ingest of 1 GB, minutes
+    python benchmarks/run.py --gb 0.1            a quick look
+    python benchmarks/run.py --parts loader --parts model
+
+Each part is a process of its own, so that no part sees the memory or the threads of another, and may be run
+alone from the repository's root: `python -m benchmarks.ingest --help`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from fleetcast.config import BaseJobConfig, parse
+from fleetcast.errors import InputError
+from pydantic import Field
+
+Part = Literal["ingest", "loader", "model", "memory"]
+
+
+class Config(BaseJobConfig):
+    __doc__ = __doc__
+
+    log_level: str = "WARNING"
+    """How much is logged to standard error: DEBUG, INFO, WARNING or ERROR."""
+    num_cpus: int = Field(2, ge=1)
+    """CPUs of the Ray that is started here, and threads of the job's rivals."""
+    parts: tuple[Part, ...] = ("ingest", "loader", "model", "memory")
+    """What is measured: ingest against DuckDB and Polars, the loader against materialised windows, steps of
+    the model, peak memory over the trace's length."""
+    gb: float = Field(1.0, gt=0)
+    """Raw csv that ingest reads [GB]."""
+    repetitions: int = Field(3, ge=1)
+    """How often each contender runs; tables show medians."""
+
+
+def main(config: Config) -> int:
+    """Runs the parts one after the other; returns the worst exit code."""
+    worst = 0
+    for part in config.parts:
+        flags = [
+            f"--repetitions={config.repetitions}",
+            f"--log-level={config.log_level}",
+            f"--num-cpus={config.num_cpus}",
+            *([f"--gb={config.gb}"] if part == "ingest" else []),
+        ]
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{part}", *flags], cwd=Path(__file__).parents[1], check=False
+        )
+        print(f"\n_{part}: {time.monotonic() - started:.0f} s in all._", flush=True)
+        worst = max(worst, abs(done.returncode))
+    return worst
+
+
+if __name__ == "__main__":
+    try:
+        parsed = parse(Config, sys.argv[1:])
+    except InputError as error:
+        sys.exit(str(error))
+    sys.exit(main(parsed))

@@ -1,0 +1,47 @@
+"""From new raw files to a published forecast and its report: the job to run every night.
+
+    python jobs/nightly.py --store ./store --source ./raw --trace alibaba-2018
+
+Runs ingest, shard, train, forecast and the report; each stage is skipped when it is complete. Options of a stage
+are given as --ingest.step, --shard.horizon, --train.epochs, …, or in a YAML file with --config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import field_validator
+
+from fleetcast.config import JobConfig
+from fleetcast.forecasting.nightly import NightlyOptions, nightly
+from fleetcast.ingest.options import IngestOptions
+from fleetcast.runtime import run_job
+from fleetcast.store import Store
+
+
+class Config(NightlyOptions, JobConfig):
+    __doc__ = __doc__
+
+    source: str
+    """Raw files: a folder, a file or `s3://bucket/prefix`."""
+    trace: str | None = None
+    """The format of the raw tables; short for --ingest.trace."""
+
+    @field_validator("trace")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        return None if name is None else IngestOptions(trace=name).trace
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the night."""
+    options = config.only(NightlyOptions)
+    if config.trace is not None:
+        options = options.model_copy(
+            update={"ingest": options.ingest.model_copy(update={"trace": config.trace})}
+        )
+    return nightly(Store(config.store), config.source, options)
+
+
+if __name__ == "__main__":
+    run_job(main, Config)

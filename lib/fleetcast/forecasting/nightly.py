@@ -1,0 +1,235 @@
+"""The main job: from new raw files to a published forecast and its report, each stage skipped when complete."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+import polars as pl
+from pydantic import model_validator
+
+from fleetcast.config import Options
+from fleetcast.evaluation.metrics import Scores
+from fleetcast.evaluation.report import NightlyReport, ladder_table, render, text_table
+from fleetcast.forecasting.predict import ForecastOptions
+from fleetcast.forecasting.run import OVERVIEW, forecast, read_selected
+from fleetcast.ingest.options import IngestOptions
+from fleetcast.ingest.run import ingest
+from fleetcast.ingest.shards import shard
+from fleetcast.runtime import PeakMemory
+from fleetcast.store import MANIFEST, Store
+from fleetcast.training.options import TrainOptions
+from fleetcast.training.run import SELECTED, train_model
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.manifest import Manifest, ShardOptions
+
+log = logging.getLogger("fleetcast")
+
+
+class NightlyOptions(Options):
+    """The options of every stage."""
+
+    ingest: IngestOptions = IngestOptions()
+    """From raw rows to telemetry and dependencies."""
+    shard: ShardOptions = ShardOptions()
+    """From telemetry to windows."""
+    train: TrainOptions = TrainOptions()
+    """From windows to a model."""
+    forecast: ForecastOptions = ForecastOptions()
+    """From the model to forecasts."""
+
+    @model_validator(mode="after")
+    def _one_dataset(self) -> NightlyOptions:
+        """All stages work on the dataset that `shard` builds."""
+        name = self.shard.windows
+        for stage in (self.train, self.forecast):
+            if stage.windows not in ("default", name):
+                raise ValueError(
+                    f"windows {stage.windows!r} differ from those of shard, {name!r}; give only shard.windows"
+                )
+        return self
+
+    def of_dataset(self) -> tuple[TrainOptions, ForecastOptions]:
+        """The options of training and forecasting on the dataset that `shard` builds."""
+        name = {"windows": self.shard.windows}
+        return self.train.model_copy(update=name), self.forecast.model_copy(update=name)
+
+
+class _Stages:
+    """Runs stages one after the other and remembers what each took."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.figures: dict[str, dict[str, Any]] = {}
+
+    def run(self, name: str, stage: Callable[[], dict[str, Any]], note: Callable[[dict[str, Any]], str]) -> None:
+        log.info("— %s", name)
+        started, peak = time.monotonic(), PeakMemory()
+        figures = stage()
+        skipped = bool(figures.pop("skipped", False))
+        of_tasks = int(figures.pop("peak_bytes", 0) or 0)  # in a skipped stage that of an earlier run
+        largest = max(0 if skipped else of_tasks, peak.bytes())
+        self.figures[name] = figures
+        self.rows.append(
+            {
+                "stage": name,
+                "status": "skipped" if skipped else "done",
+                "seconds": round(time.monotonic() - started, 1),
+                "peak_mb": round(largest / 2**20),
+                "note": note(figures),
+            }
+        )
+
+
+def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any]:
+    """Runs all stages, writes the report, prints the summary, and returns the run's figures.
+
+    If training fails but an earlier model is selected, that one forecasts, and then the failure is raised: a
+    forecast is out, but the result is not whole.
+    """
+    train_options, forecast_options = options.of_dataset()
+    stages = _Stages()
+    stages.run(
+        "ingest", lambda: ingest(store, source, options.ingest), lambda f: f"{sum(f['rows_read'].values()):,} rows"
+    )
+    stages.run(
+        "shard", lambda: shard(store, options.shard), lambda f: f"{f['entities']} entities, {f['shards']} shards"
+    )
+    failure: Exception | None = None
+    try:
+        stages.run("train", lambda: train_model(store, train_options), lambda f: f"{f['epochs']} epochs")
+    except Exception as error:
+        if not store.exists(SELECTED):
+            raise
+        log.exception("training failed; the model selected before forecasts")
+        failure = error
+    stages.run("forecast", lambda: forecast(store, forecast_options), lambda f: f"{f['rows']:,} rows")
+    page = write_report(store, options.shard.windows, stages)
+    if failure is not None:
+        raise RuntimeError(f"training failed ({failure}); the forecast is of the model selected before") from failure
+    return {
+        "forecast": stages.figures["forecast"]["forecast"],
+        "report": page,
+        "stages": {row["stage"]: {"status": row["status"], "seconds": row["seconds"]} for row in stages.rows},
+        **{name: stages.figures["ingest"][name] for name in ("rows_read", "rows_rejected", "values_nulled")},
+        **{name: stages.figures["shard"][name] for name in ("entities", "windows")},
+        **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
+    }
+
+
+def write_report(store: Store, windows: str, stages: _Stages) -> str:
+    """Renders the report of the forecast that was just published; prints its tables; returns its place."""
+    folder = stages.figures["forecast"]["forecast"]
+    report = build_report(store, manifests.load(store, windows), folder, stages)
+    page = f"reports/{folder.split('/')[1]}/index.html"
+    with store.write(page) as file:
+        file.write(render(report).encode())
+    ladder = ladder_table(report.ladder, report.metrics, report.std, report.mase_scale)
+    shown = ["metric", "rung", "mae", "rmse", "scaled_mae", "coverage_50", "coverage_80", "coverage_90"]
+    tables = [
+        pl.DataFrame(
+            [(label, f"{value:,}" if isinstance(value, int) else str(value)) for label, value in report.summary],
+            schema=["figure", "value"],
+            orient="row",
+        ),
+        report.rejected,
+        ladder.select(shown),
+        report.stages,
+    ]
+    for table in tables:
+        if len(table):
+            print(text_table(table), end="\n\n")
+    place = f"{store.uri}/{page}"
+    print(f"Report: {place}")
+    return place
+
+
+def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> NightlyReport:
+    """The report's frames from the published forecast, the served model and the stages' figures."""
+    published = store.read_json(f"{folder}/{MANIFEST}")
+    overview = store.read_json(f"{folder}/{OVERVIEW}")
+    selected = read_selected(store)
+    scores = store.read_json(f"{selected.folder}/scores.json")
+    read = stages.figures["ingest"]
+    fallbacks = published["figures"]["fallbacks"]
+    issued = datetime.fromtimestamp(data.start + data.step * data.steps, UTC)
+    rejected = [
+        (table, reason, rows)
+        for table, reasons in read["rows_rejected"].items()
+        for reason, rows in reasons.items()
+    ]
+    nulled = sum(count for columns in read["values_nulled"].values() for count in columns.values())
+    return NightlyReport(
+        issued=issued,
+        store=store.uri,
+        model=selected.name,
+        entities=data.entities,
+        horizon=data.horizon,
+        step=data.step,
+        metrics=data.metrics,
+        ladder=[(rung, Scores.from_json(state)) for rung, state in scores.items()],
+        std=np.asarray(selected.scaler.std),
+        mase_scale=np.asarray(selected.manifest["seasonal_error"]),
+        summary=[
+            ("rows read", sum(read["rows_read"].values())),
+            ("rows rejected", sum(row[2] for row in rejected)),
+            ("values made null", nulled),
+            ("entities", data.entities),
+            ("steps", data.steps),
+            *((f"{part} windows", data.windows(part)) for part in manifests.PARTS),
+            ("forecast rows", published["figures"]["rows"]),
+            ("entities with the naive forecast", sum(fallbacks.values())),
+        ],
+        stages=pl.DataFrame(stages.rows),
+        rejected=pl.DataFrame(rejected, ["table", "reason", "rows"], orient="row"),
+        fallbacks=pl.DataFrame(list(fallbacks.items()), ["reason", "entities"], orient="row"),
+        total_history=_history(data, [({"metric": m}, part) for m, part in overview["total"].items()]),
+        total_forecast=_forecast(data, [({"metric": m}, part) for m, part in overview["total"].items()]),
+        peaks=pl.DataFrame(
+            [
+                {
+                    **{key: peak[key] for key in ("entity", "metric", "mean", "q95")},
+                    "time": _time(data, data.steps + peak["step"]),
+                }
+                for peak in overview["peaks"]
+            ]
+        ),
+        entity_history=_history(data, [(_key(peak), peak) for peak in overview["peaks"]]),
+        entity_forecast=_forecast(data, [(_key(peak), peak) for peak in overview["peaks"]]),
+        total_note=published["total"],
+    )
+
+
+def _key(peak: dict[str, Any]) -> dict[str, str]:
+    return {"entity": peak["entity"], "metric": peak["metric"]}
+
+
+def _time(data: Manifest, step: int) -> datetime:
+    return datetime.fromtimestamp(data.start, UTC) + timedelta(seconds=data.step * step)
+
+
+def _history(data: Manifest, series: list[tuple[dict[str, str], dict[str, Any]]]) -> pl.DataFrame:
+    """One row for each key and step before the origin."""
+    frames = []
+    for key, part in series:
+        values = part["history"]
+        times = [_time(data, data.steps - len(values) + i) for i in range(len(values))]
+        value = pl.Series("value", values, pl.Float64)
+        frames.append(pl.DataFrame({"time": times}).with_columns(value, **{k: pl.lit(v) for k, v in key.items()}))
+    return pl.concat(frames)
+
+
+def _forecast(data: Manifest, series: list[tuple[dict[str, str], dict[str, Any]]]) -> pl.DataFrame:
+    """One row for each key and step from the origin on."""
+    times = [_time(data, data.steps + h) for h in range(data.horizon)]
+    frames = [
+        pl.DataFrame({"time": times, **part["forecast"]}).with_columns(
+            **{k: pl.lit(v) for k, v in key.items()}
+        )
+        for key, part in series
+    ]
+    return pl.concat(frames)

@@ -1,0 +1,93 @@
+"""What people look at first in a forecast: the cluster's total and the highest expected peaks.
+
+Groups contribute sums and their own highest peaks, so no process ever holds the whole forecast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fleetcast.evaluation.intervals import bucket_of
+from fleetcast.forecasting.predict import GroupForecast
+from fleetcast.schemas import QUANTILES, quantile_name
+from fleetcast.windows.manifest import Manifest
+
+#: Entities with the highest peaks that are kept of each metric.
+PEAKS = 10
+_Q95 = QUANTILES.index(0.95)
+
+
+def of_group(found: GroupForecast, data: Manifest) -> dict[str, Any]:
+    """A group's share of the overview, as plain lists."""
+    observed = np.isfinite(found.history)
+    peaks = [peak for f, metric in enumerate(data.metrics) for peak in _peaks(found, f, metric)]
+    return {
+        "history_sum": np.where(observed, found.history, 0).sum(1).tolist(),
+        "history_count": observed.sum(1).tolist(),
+        "mean_sum": found.mean.sum(1).tolist(),
+        "peaks": peaks,
+    }
+
+
+def _peaks(found: GroupForecast, f: int, metric: str) -> list[dict[str, Any]]:
+    """The entities whose 95 % quantile rises highest, with their history and forecast."""
+    top = found.quantiles[:, :, f, _Q95].max(0)
+    order = sorted(range(len(found.entities)), key=lambda n: (-top[n], found.entities[n]))[:PEAKS]
+    peaks = []
+    for n in order:
+        step = int(found.quantiles[:, n, f, _Q95].argmax())
+        peaks.append(
+            {
+                "entity": found.entities[n],
+                "metric": metric,
+                "step": step,
+                "mean": found.mean[step, n, f],
+                "q95": found.quantiles[step, n, f, _Q95],
+                "history": _nulls(found.history[:, n, f]),
+                "forecast": _series(found.mean[:, n, f], found.quantiles[:, n, f]),
+            }
+        )
+    return peaks
+
+
+def _series(mean: NDArray[np.float64], quantiles: NDArray[np.float64]) -> dict[str, list[float]]:
+    """[H] and [H, Q] → named lists."""
+    columns = {quantile_name(q): quantiles[:, i].tolist() for i, q in enumerate(QUANTILES)}
+    return {"mean": mean.tolist(), **columns}
+
+
+def _nulls(values: NDArray[np.float64]) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values]
+
+
+def of_cluster(groups: list[dict[str, Any]], data: Manifest, shifts: NDArray[np.float64]) -> dict[str, Any]:
+    """All groups' shares → the overview.
+
+    `shifts` [K, F, Q] are the validation part's quantiles of the error of the mean over entities; times the
+    number of entities they are the total's interval. In the past the total is the mean over the entities that
+    were observed, times all entities; null where fewer than half were.
+    """
+    entities = data.entities
+    # A group's last shard may reach less far back than another's.
+    known = min(len(group["history_sum"]) for group in groups)
+    total = np.sum([group["history_sum"][-known:] for group in groups], axis=0)
+    count = np.sum([group["history_count"][-known:] for group in groups], axis=0)
+    history = np.where(count >= entities / 2, total / np.maximum(count, 1) * entities, np.nan)
+    mean = np.sum([group["mean_sum"] for group in groups], axis=0)
+    horizon = np.arange(data.horizon)
+    quantiles = mean[..., None] + entities * shifts[bucket_of(horizon, data.horizon)]
+    quantiles = np.maximum(np.sort(quantiles, axis=-1), 0)
+    peaks = []
+    for metric in data.metrics:
+        of_metric = [peak for group in groups for peak in group["peaks"] if peak["metric"] == metric]
+        peaks += sorted(of_metric, key=lambda peak: (-peak["q95"], peak["entity"]))[:PEAKS]
+    return {
+        "total": {
+            metric: {"history": _nulls(history[:, f]), "forecast": _series(mean[:, f], quantiles[:, f])}
+            for f, metric in enumerate(data.metrics)
+        },
+        "peaks": peaks,
+    }

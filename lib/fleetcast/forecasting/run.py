@@ -1,0 +1,117 @@
+"""The forecast job: every entity group as a Ray Data task, then one atomic publication."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+from fleetcast.errors import InputError
+from fleetcast.forecasting import overview
+from fleetcast.forecasting.predict import ForecastOptions, Selected, predict, rows
+from fleetcast.ingest.make import make
+from fleetcast.store import MANIFEST, Store, fingerprint
+from fleetcast.training.run import SELECTED
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.manifest import Manifest, Shard
+
+log = logging.getLogger("fleetcast")
+
+OVERVIEW = "overview.json"
+
+
+def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
+    """Forecasts every entity from the end of the telemetry and publishes `forecasts/issued=…`.
+
+    A forecast is a function of the windows, the selected model and the options: where that one is published
+    already, nothing is done. Raises InputError if no model is selected, or it does not fit the windows.
+    """
+    store.open_existing()
+    data = manifests.load(store, options.windows)
+    selected = read_selected(store)
+    selected.check(data)
+    issued = datetime.fromtimestamp(data.start + data.step * data.steps, UTC)
+    folder = f"forecasts/issued={issued:%Y%m%dT%H%M%SZ}"
+    digest = fingerprint(
+        [data.fingerprint, selected.folder, selected.rung, selected.naive, options.model_dump(mode="json")]
+    )
+    published = store.read_json(f"{folder}/{MANIFEST}")
+    if published is not None and published["fingerprint"] == digest:
+        log.info("forecast: %s is published", folder)
+        return {**published["figures"], "forecast": folder, "skipped": True}
+
+    work = f"_work/forecasts/{digest}"
+    last = {shard.group: shard for shard in data.shards}  # shards of a group come in the order of time
+    plan = {
+        f"{work}/rows/part-{group:05d}.parquet": {"shard": shard.model_dump(), "digest": digest}
+        for group, shard in sorted(last.items())
+    }
+
+    def work_on(item: dict[str, Any]) -> dict[str, Any]:
+        found = predict(store, data, Shard(**item["shard"]), selected, options.min_history_share)
+        table = rows(found, data, selected.rung, selected.naive)
+        store.write_table(item["target"], table)
+        return {
+            "rows": len(table),
+            "fallbacks": dict(Counter(reason for reason in found.fallback if reason)),
+            "overview": overview.of_group(found, data),
+        }
+
+    receipts = list(make(store, plan, work_on, f"{work}/receipts", "forecast: groups").values())
+    fallbacks: Counter[str] = Counter()
+    for receipt in receipts:
+        fallbacks.update(receipt["fallbacks"])
+    figures = {
+        "issued": f"{issued:%Y-%m-%dT%H:%M:%SZ}",
+        "entities": data.entities,
+        "rows": sum(receipt["rows"] for receipt in receipts),
+        "model": selected.rung,
+        "fallbacks": dict(sorted(fallbacks.items())),
+        "peak_bytes": max(receipt.get("peak_bytes", 0) for receipt in receipts),
+    }
+    _publish(store, work, folder, data, selected, digest, figures, receipts)
+    return {**figures, "forecast": folder, "skipped": False}
+
+
+def read_selected(store: Store) -> Selected:
+    """The model that `models/selected.json` points at. Raises InputError if there is none."""
+    found = store.read_json(SELECTED)
+    if found is None:
+        raise InputError(f"{store.uri}: no model is selected ({SELECTED} is missing); run train first")
+    return Selected(store, found["model"], found["rung"], found["naive"], found["reason"])
+
+
+def _publish(
+    store: Store,
+    work: str,
+    folder: str,
+    data: Manifest,
+    selected: Selected,
+    digest: str,
+    figures: dict[str, Any],
+    receipts: list[dict[str, Any]],
+) -> None:
+    """Everything into one folder that appears whole."""
+    shifts = selected.calibration["total_shifts"][selected.rung]
+    shown = overview.of_cluster([receipt["overview"] for receipt in receipts], data, shifts)
+    store.write_json(f"{work}/rows/{OVERVIEW}", shown)
+    store.write_json(
+        f"{work}/rows/{MANIFEST}",
+        {
+            "fingerprint": digest,
+            "figures": figures,
+            "windows": data.name,
+            "level": data.level,
+            "metrics": list(data.metrics),
+            "step": data.step,
+            "horizon": data.horizon,
+            "model": selected.folder,
+            "rung": selected.rung,
+            "naive": selected.naive,
+            "total": "The sum over entities of their means; its quantiles are those of the total's own errors "
+            "on the validation part.",
+        },
+    )
+    store.publish(f"{work}/rows", folder)
+    store.remove(work)

@@ -1,0 +1,247 @@
+"""The rolling-origin test: every window counts once, however the windows are dealt out, in original units."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fleetcast.evaluation import backtest
+from fleetcast.evaluation.backtest import Measured
+from fleetcast.evaluation.metrics import coverage, mae
+from fleetcast.evaluation.naive import LAST_VALUE, YESTERDAY
+from fleetcast.models.base import Output
+from fleetcast.schemas import QUANTILES
+from fleetcast.windows import order
+from fleetcast.windows.batch import Batch
+from fleetcast.windows.loader import Shards
+
+STEPS, HISTORY, HORIZON, DAY = 300, 8, 4, 96
+GROUPS = [["e0", "e1"], ["e2"]]
+
+
+def skewed(batch: Batch) -> Output:
+    """A model's stand-in: element by element, biased, its quantiles far too narrow."""
+    mean = 0.5 * batch.seasonal[..., 0] + 0.3
+    levels = 0.01 * np.array(QUANTILES, dtype=np.float32)
+    return Output(mean, mean[..., None] + batch.y.new_tensor(levels))
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    """[T, N, F] two metrics of very different size; a tenth is missing, and once a whole look-back."""
+    random = np.random.default_rng(3)
+    values = random.normal(size=(STEPS, 3, 2)) * [0.1, 20] + [0.5, 100]
+    values[random.random(values.shape) < 0.1] = np.nan
+    values[250 : 250 + HISTORY + 2, 1, 0] = np.nan
+    return values.astype(np.float32)
+
+
+@pytest.fixture
+def made(dataset, values):
+    """A dataset of two groups and several shards, and its store."""
+    return dataset(values, groups=GROUPS, width=120, history=HISTORY, horizon=HORIZON, lags=(DAY,))
+
+
+@pytest.fixture
+def ladder(made):
+    return {"skewed": skewed, **backtest.rungs(made[1], None, "")}
+
+
+def measure(made, ladder, items, shifts=None) -> dict[str, Measured]:
+    store, data = made
+    batches = Shards(store, data).batches(items)
+    return backtest.measure(batches, ladder, data.scaler, QUANTILES, HORIZON, shifts)
+
+
+# -- the naive rungs, computed a second time ---------------------------------------------------------------
+
+
+def naive(values: np.ndarray, origin: int, lag: int | None, unknown: list[float]) -> np.ndarray:
+    """[H, N, F] the naive forecast of one window from the telemetry itself; `unknown` if it has none."""
+    guess = np.empty((HORIZON, *values.shape[1:]))
+    for n, f in np.ndindex(*values.shape[1:]):
+        past = values[origin - HISTORY : origin, n, f]
+        seen = past[np.isfinite(past)]
+        guess[:, n, f] = seen[-1] if len(seen) else unknown[f]
+        for h in range(HORIZON if lag else 0):
+            earlier = values[origin + h - lag, n, f]
+            if np.isfinite(earlier):
+                guess[h, n, f] = earlier
+    return guess
+
+
+@pytest.mark.parametrize(("rung", "lag"), [(LAST_VALUE, None), (YESTERDAY, DAY)])
+def test_the_errors_of_the_naive_rungs_are_those_of_the_raw_telemetry(made, ladder, values, rung, lag):
+    _, data = made
+    found = measure(made, ladder, order.evaluation(data, "test", 16))[rung]
+    origins = range(data.boundaries[1], STEPS - HORIZON + 1)
+    assert len(origins) == data.windows("test") == 57
+    errors = np.stack(
+        [values[o : o + HORIZON] - naive(values, o, lag, list(data.scaler.mean)) for o in origins]
+    )
+    np.testing.assert_allclose(
+        mae(found.scores), np.nanmean(np.abs(errors), axis=(0, 2)), rtol=1e-6, err_msg="per horizon step"
+    )
+    expected = np.nanmean(np.abs(errors), axis=(0, 1, 2))
+    np.testing.assert_allclose(mae(found.scores.pooled())[0], expected, rtol=1e-6)
+
+    assert sorted(found.total_error) == list(origins)
+    for origin, of_window in zip(origins, errors, strict=True):
+        total, count = found.total_error[origin]
+        np.testing.assert_allclose(total, np.nansum(of_window, axis=1), rtol=1e-5, atol=1e-4)
+        np.testing.assert_array_equal(count, np.isfinite(of_window).sum(1))
+
+
+# -- parts add up ------------------------------------------------------------------------------------------
+
+
+def same(one: Measured, other: Measured) -> None:
+    """Counts are equal, sums but for the rounding of their order."""
+    ours, theirs = one.scores.to_json(), other.scores.to_json()
+    for name in ours:
+        exact = name in ("levels", "floor", "n", "ape_n", "below", "inside")
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0 if exact else 1e-12, err_msg=name)
+    assert (one.residuals is None) == (other.residuals is None)
+    if one.residuals is not None and other.residuals is not None:
+        np.testing.assert_array_equal(one.residuals.counts, other.residuals.counts)
+        np.testing.assert_array_equal(one.residuals.largest, other.residuals.largest)
+    assert one.total_error.keys() == other.total_error.keys()
+    for origin, error in one.total_error.items():
+        np.testing.assert_allclose(error, other.total_error[origin], atol=1e-9)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_any_partition_of_the_windows_in_any_order_gives_the_same(made, ladder, calibrated):
+    _, data = made
+    shifts = None
+    if calibrated:
+        of_val = measure(made, ladder, order.evaluation(data, "val", 16))
+        shifts = {name: found.residuals.shifts() for name, found in of_val.items()}
+    whole = measure(made, ladder, order.evaluation(data, "test", 64), shifts)
+
+    random = np.random.default_rng(0)
+    pieces = order.evaluation(data, "test", 5)
+    pieces = [(shard, random.permutation(origins)) for shard, origins in pieces]
+    pieces = [pieces[i] for i in random.permutation(len(pieces))]
+    parts = [measure(made, ladder, pieces[i : i + 3], shifts) for i in range(0, len(pieces), 3)]
+    for name, found in whole.items():
+        added = parts[0][name]
+        for part in parts[1:]:
+            added = added + part[name]
+        same(added, found)
+
+
+def test_all_rungs_count_the_same_targets_and_every_observed_one_once(made, ladder, values):
+    _, data = made
+    measured = measure(made, ladder, order.evaluation(data, "test", 16))
+    first = data.boundaries[1]
+    windows = data.windows("test")
+    for found in measured.values():
+        for h in range(HORIZON):
+            seen = np.isfinite(values[first + h : first + h + windows])
+            np.testing.assert_array_equal(found.scores.n[h], seen.sum((0, 1)))
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_what_was_saved_is_loaded_exactly(made, ladder, part):
+    _, data = made
+    items = order.evaluation(data, "val", 16)
+    measured = measure(made, ladder, items)
+    if part == "test":
+        shifts = {name: found.residuals.shifts() for name, found in measured.items()}
+        measured = measure(made, ladder, items, shifts)
+    file = io.BytesIO()
+    backtest.save(measured, file)
+    file.seek(0)
+    loaded = backtest.load(file, QUANTILES, HORIZON)
+    assert list(loaded) == list(measured)
+    for name, found in measured.items():
+        again = loaded[name]
+        assert again.scores.to_json() == found.scores.to_json()
+        assert list(again.total_error) == list(found.total_error)
+        for origin, error in found.total_error.items():
+            np.testing.assert_array_equal(again.total_error[origin], error)
+        if part == "test":
+            assert again.residuals is None
+        else:
+            assert (again.residuals.levels, again.residuals.horizon) == (QUANTILES, HORIZON)
+            np.testing.assert_array_equal(again.residuals.counts, found.residuals.counts)
+            np.testing.assert_array_equal(again.residuals.largest, found.residuals.largest)
+
+
+# -- what counts, and in which units -----------------------------------------------------------------------
+
+
+def test_targets_that_were_not_observed_do_not_count(made, ladder):
+    store, data = made
+    batches = list(Shards(store, data).batches(order.evaluation(data, "val", 16)))
+    assert any(not batch.y_mask.all() for batch in batches)
+    other = [replace(b, y=torch.where(b.y_mask, b.y, 1e6 + torch.arange(4)[:, None, None])) for b in batches]
+    for name in ladder:
+        one, two = (
+            backtest.measure(given, {name: ladder[name]}, data.scaler, QUANTILES, HORIZON, None)[name]
+            for given in (batches, other)
+        )
+        assert one.scores.to_json() == two.scores.to_json()
+        same(one, two)
+
+
+def test_a_forecast_is_in_original_units_and_a_point_moves_by_the_shifts_of_its_rung(made, ladder):
+    store, data = made
+    (batch,) = Shards(store, data).batches([(0, np.array([50, 60]))])
+    point = ladder[YESTERDAY]
+    scaled = point(batch).mean.double().numpy()
+    mean, std = np.asarray(data.scaler.mean), np.asarray(data.scaler.std)
+
+    plain = backtest.forecast(point, batch, data.scaler, QUANTILES, None)
+    np.testing.assert_allclose(plain.mean, scaled * std + mean)
+    np.testing.assert_array_equal(plain.quantiles, np.repeat(plain.mean[..., None], len(QUANTILES), -1))
+
+    shifts = np.sort(np.random.default_rng(0).normal(size=(HORIZON, 2, len(QUANTILES))))
+    moved = backtest.forecast(point, batch, data.scaler, QUANTILES, shifts)
+    expected = (scaled[..., None] + shifts[:, None]) * std[:, None] + mean[:, None]
+    np.testing.assert_allclose(moved.quantiles, expected)
+    np.testing.assert_array_equal(moved.mean, plain.mean)
+
+
+def test_intervals_calibrated_on_exchangeable_data_cover_what_they_promise(dataset):
+    random = np.random.default_rng(1)
+    values = random.gamma(2.0, size=(1200, 4, 1)).astype(np.float32)
+    made = dataset(values, metrics=("cpu",), history=4, horizon=2, lags=(DAY,), split=(0.2, 0.4, 0.4))
+    _, data = made
+    ladder = {"skewed": skewed, **backtest.rungs(data, None, "")}
+
+    def measured(part, shifts=None):
+        batches = Shards(made[0], data).batches(order.evaluation(data, part, 64))
+        return backtest.measure(batches, ladder, data.scaler, QUANTILES, 2, shifts)
+
+    raw = measured("val")
+    shifts = {name: found.residuals.shifts() for name, found in raw.items()}
+    for name, found in measured("test", shifts).items():
+        for nominal in (0.5, 0.8, 0.9):
+            assert coverage(found.scores.pooled(), nominal)[0, 0] == pytest.approx(nominal, abs=0.03), name
+    assert coverage(raw["skewed"].scores.pooled(), 0.9)[0, 0] < 0.1, "before it was calibrated"
+
+
+# -- the cluster's total -----------------------------------------------------------------------------------
+
+
+def test_the_total_is_shifted_by_quantiles_of_its_own_error_per_entity():
+    errors = np.arange(1, 21)[:, None, None] * np.array([[1.0], [10.0]])  # [origins, H, F]
+    total_error = {o: np.stack([errors[o] * 4, np.full((2, 1), 4.0)]) for o in range(20)}
+    shifts = backtest.total_shifts(total_error, (0.1, 0.5, 0.95), entities=4)
+    np.testing.assert_allclose(shifts[:, 0], [[3, 11, 20], [30, 110, 200]])
+
+
+def test_steps_at_which_fewer_than_half_of_the_entities_were_observed_do_not_count():
+    well = {o: np.stack([np.full((2, 1), 2.0 * (o + 1)), np.full((2, 1), 2.0)]) for o in range(9)}
+    poor = {9: np.stack([np.full((2, 1), 1e6), np.full((2, 1), 1.0)])}
+    levels = (0.1, 0.5, 0.9)
+    np.testing.assert_array_equal(
+        backtest.total_shifts(well | poor, levels, 4), backtest.total_shifts(well, levels, 4)
+    )
+    assert backtest.total_shifts(well | poor, levels, 2).max() == 1e6, "one of two is half"
+    np.testing.assert_array_equal(backtest.total_shifts(poor, levels, 4), np.zeros((2, 1, 3)))
