@@ -75,30 +75,34 @@ def _apart(config: Config, days: int) -> dict[str, float]:
 def _peaks(options: dict[str, Any], days: int) -> dict[str, float]:
     config = Config(**options)
     set_up_logging(config.log_level)
-    with scratch() as folder, ray_session(config.num_cpus):
+    with scratch() as folder:
         raw, store, aside = (str(Path(folder) / name) for name in ("raw", "store", "aside"))
-        nothing = spread([0], lambda _: {}, "nothing")
-        trace = SynthesizeOptions(machines=config.machines, days=days)
-        figures = synthesize(trace, Store(raw))
-        how = IngestOptions(chunk_mb=config.chunk_mb)
-        mapped = _map(Store(aside), raw, how)
+        with ray_session(config.num_cpus):
+            trace = synthesize(SynthesizeOptions(machines=config.machines, days=days), Store(raw))
+        with ray_session(config.num_cpus):  # new workers, which hold nothing of the synthesis
+            return {**_jobs(config, raw, Store(store), Store(aside)), "raw csv": trace["bytes"]}
 
-        driver = PeakMemory()
-        ingest(Store(store), raw, how)
-        # What is gone is built again, from the chunks' parts, which are complete.
-        for product in ("telemetry", "dependencies", "entities"):
-            Store(store).remove(product)
-        combined = ingest(Store(store), raw, how)
-        sharded = shard(Store(store), _windows(config))
-        return {
-            "task that does nothing": nothing[0]["peak_bytes"],
-            "driver": driver.bytes(),
-            "largest synthesis task": figures["peak_bytes"],
-            "largest map task": max(receipt["peak_bytes"] for receipt in mapped),
-            "largest combine task": combined["peak_bytes"],
-            "largest shard task": sharded["peak_bytes"],
-            "raw csv": figures["bytes"],
-        }
+
+def _jobs(config: Config, raw: str, store: Store, aside: Store) -> dict[str, float]:
+    """The peaks of the driver and of each kind of task."""
+    nothing = spread([0], lambda _: {}, "nothing")
+    how = IngestOptions(chunk_mb=config.chunk_mb)
+    mapped = _map(aside, raw, how)
+
+    driver = PeakMemory()
+    ingest(store, raw, how)
+    # What is gone is built again, from the chunks' parts, which are complete.
+    for product in ("telemetry", "dependencies", "entities"):
+        store.remove(product)
+    combined = ingest(store, raw, how)
+    sharded = shard(store, _windows(config))
+    return {
+        "task that does nothing": nothing[0]["peak_bytes"],
+        "driver": driver.bytes(),
+        "largest map task": max(receipt["peak_bytes"] for receipt in mapped),
+        "largest combine task": combined["peak_bytes"],
+        "largest shard task": sharded["peak_bytes"],
+    }
 
 
 def _windows(config: Config) -> ShardOptions:

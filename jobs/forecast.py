@@ -2,8 +2,8 @@
 
     python jobs/forecast.py --store ./store
 
-Intervals are calibrated on the validation part. An entity that the model cannot forecast gets the naive forecast
-of the ladder, and the reason in the column `fallback`.
+Intervals are calibrated on the validation part. An entity that the model cannot forecast gets the naive
+forecast of the ladder, and the reason in the column `fallback`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python jobs/ingest.py --store ./store --source ./raw --trace alibaba-2018
 
-Reads csv, .csv.gz and .tar.gz from a folder, a file or s3://. Running it again with more files adds only what is
-new; a job that died is run again with the same command.
+Reads csv, .csv.gz and .tar.gz from a folder, a file or s3://. Running it again with more files adds only what
+is new; a job that died is run again with the same command.
 """
 
 from __future__ import annotations

@@ -2,21 +2,20 @@
 
     python jobs/nightly.py --store ./store --source ./raw --trace alibaba-2018
 
-Runs ingest, shard, train, forecast and the report; each stage is skipped when it is complete. Options of a stage
-are given as --ingest.step, --shard.horizon, --train.epochs, …, or in a YAML file with --config.
+Runs ingest, shard, train, forecast and the report; each stage is skipped when it is complete. Options of a
+stage are given as --ingest.step, --shard.horizon, --train.epochs, …, or in a YAML file with --config.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import field_validator
-
 from fleetcast.config import JobConfig
 from fleetcast.forecasting.nightly import NightlyOptions, nightly
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.runtime import run_job
 from fleetcast.store import Store
+from pydantic import field_validator
 
 
 class Config(NightlyOptions, JobConfig):

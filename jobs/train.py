@@ -2,7 +2,8 @@
 
     python jobs/train.py --store ./store --model stgnn --workers 2
 
-Trains with DDP over any number of workers. Repeating the command after a crash goes on from the last checkpoint.
+Trains with DDP over any number of workers. Repeating the command after a crash goes on from the last
+checkpoint.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import logging.handlers
 import os
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 
@@ -42,13 +43,17 @@ def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]
     """Runs a job's `main` on the config of the command line and leaves the process with its exit code."""
     name = Path(sys.argv[0]).stem
     started = time.monotonic()
+    set_up_logging("INFO")
     try:
         config = parse(config_class, sys.argv[1:])
         set_up_logging(config.log_level)
-        with ray_session(config.num_cpus):
+    except InputError as error:
+        log.error("%s", error)
+        _finish({"job": name, "ok": False, "error": str(error)}, 2)
+    try:
+        with ray_session(config.num_cpus, everything=config.log_level.upper() == "DEBUG"):
             figures = main(config)
     except InputError as error:
-        set_up_logging("INFO")
         log.error("%s", error)
         _finish({"job": name, "ok": False, "error": str(error)}, 1)
     except KeyboardInterrupt:
@@ -59,7 +64,7 @@ def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]
     _finish({"job": name, "ok": True, **figures, "seconds": round(time.monotonic() - started, 2)}, 0)
 
 
-def _finish(figures: dict[str, Any], code: int) -> None:
+def _finish(figures: dict[str, Any], code: int) -> NoReturn:
     print(json.dumps(figures), flush=True)
     sys.exit(code)
 
@@ -80,8 +85,12 @@ def set_up_logging(level: str) -> None:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the length of the block; one that is already connected is used and left alone."""
+def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterator[None]:
+    """Ray for the length of the block; one that is already connected is used and left alone.
+
+    What its processes print is shown only if `everything` is asked for: their own logs come through
+    `worker_logs`, and errors as exceptions.
+    """
     for key, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     import ray
@@ -94,11 +103,11 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         connection = {
             "address": "local",
             "num_cpus": num_cpus,
-            "include_dashboard": True,
-            "dashboard_port": 0,
+            "include_dashboard": False,
         }
     ray.init(
         **connection,
+        log_to_driver=everything,
         logging_level=logging.ERROR,
         runtime_env={"env_vars": _WORKER_ENVIRONMENT},
     )
@@ -106,6 +115,28 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def worker_logs() -> Iterator[Any]:
+    """A queue to give to Ray workers for `log_to`; what they log there appears in this process's log."""
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    listener = logging.handlers.QueueListener(queue, *log.handlers)
+    listener.start()
+    try:
+        yield queue
+    finally:
+        listener.stop()
+        queue.shutdown()
+
+
+def log_to(queue: Any) -> None:
+    """Sends the log of this worker process to the driver's."""
+    log.handlers = [logging.handlers.QueueHandler(queue)]
+    log.propagate = False
+    log.setLevel("INFO")
 
 
 class PeakMemory:

@@ -20,6 +20,19 @@ METRICS: dict[str, str] = {
 #: Metrics that lie in [0, 1] where the source divides by capacity.
 FRACTIONS = frozenset({"cpu", "memory", "disk_io", "net_in", "net_out", "memory_bandwidth"})
 
+
+
+def describe(metric: str) -> str:
+    """A metric in words with its unit; `cpu_max` as the maximum within the bin."""
+    words = METRICS.get(metric.removesuffix("_max"), metric)
+    return f"highest {words}" if metric.endswith("_max") else words
+
+
+def describe_total(metric: str) -> str:
+    """The sum of a metric over entities: fractions of a capacity add up to whole capacities."""
+    return "total " + describe(metric).replace("fraction of capacity", "1 = one entity's capacity")
+
+
 KINDS = ("machine", "container", "service")
 DEPENDENCY_KINDS = ("call", "batch", "colocation", "correlation")
 
@@ -36,7 +49,7 @@ def telemetry(metrics: list[str]) -> pa.Schema:
     return pa.schema([*fields, pa.field("samples", pa.uint32())])
 
 
-#: `parent` is the machine of a container; `service` its application; capacities in cores and normalised memory;
+#: `parent` is a container's machine, `service` its application; capacities in cores and normalised memory;
 #: `measured` says whether there is telemetry of it.
 ENTITIES = pa.schema(
     [

@@ -41,7 +41,9 @@ def report_of(store, data, ingested=INGESTED) -> NightlyReport:
 def rows_of(store) -> pl.DataFrame:
     """The published rows."""
     rows = pl.read_parquet(f"{store.root}/forecasts/*/*.parquet")
-    return rows.with_columns(pl.col("entity", "metric", "fallback").cast(pl.String))
+    return rows.with_columns(
+        pl.col("entity", "metric", "fallback").cast(pl.String), pl.col("time").dt.cast_time_unit("us")
+    )
 
 
 def test_every_frame_has_the_columns_that_the_page_needs(serve, values):

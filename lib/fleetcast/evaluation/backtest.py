@@ -135,7 +135,7 @@ def total_shifts(
     """[K, F, Q] quantiles of the error of the cluster's mean per entity, by bucket of horizon steps.
 
     The errors of entities move together, so a total's interval cannot be made of theirs; it comes from the
-    total's own errors on the validation part, over the origins and steps at which most entities were observed.
+    total's own errors on the validation part, over the origins and steps at which most were observed.
     Origins overlap, so with a short validation part these are rough.
     """
     errors = np.stack([total_error[origin] for origin in sorted(total_error)])

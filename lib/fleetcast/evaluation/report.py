@@ -6,7 +6,7 @@ The same ladder table, through `text_table`, is what a job prints at its end. Al
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,7 +21,7 @@ from fleetcast.errors import InputError
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import LAST_VALUE, LAST_WEEK, YESTERDAY, duration
-from fleetcast.schemas import METRICS
+from fleetcast.schemas import describe, describe_total
 
 #: A smaller relative difference between two errors is called a tie: an independent rerun of a published model
 #: differs from its paper by about as much.
@@ -113,7 +113,13 @@ def render(report: NightlyReport) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "percent": percent, "moment": moment, "unit": METRICS.get}
+    filters: dict[str, Callable[..., Any]] = {
+        "number": number,
+        "percent": percent,
+        "moment": moment,
+        "unit": describe,
+    }
+    environment.filters |= filters
     return environment.get_template("report.html.j2").render(
         report=report,
         horizon=duration(report.horizon * report.step),
@@ -254,7 +260,7 @@ def _total_plots(report: NightlyReport) -> list[Picture]:
         chosen = pl.col("metric") == metric
         history, forecast = report.total_history.filter(chosen), report.total_forecast.filter(chosen)
         if len(forecast):
-            quantity = f"total {METRICS.get(metric, metric)}"
+            quantity = describe_total(metric)
             pictures.append(_forecast_plot(metric, quantity, history, forecast))
     return pictures
 
@@ -267,7 +273,7 @@ def _entity_plots(report: NightlyReport) -> list[Picture]:
             chosen = (pl.col("metric") == metric) & (pl.col("entity") == entity)
             history, forecast = report.entity_history.filter(chosen), report.entity_forecast.filter(chosen)
             if len(forecast):
-                pictures.append(_forecast_plot(entity, METRICS.get(metric, metric), history, forecast))
+                pictures.append(_forecast_plot(entity, describe(metric), history, forecast))
         return pictures
     return []
 
@@ -288,7 +294,7 @@ _BANDS = (("90 %", "q05", "q95"), ("50 %", "q25", "q75"))
 
 def _horizon_plot(report: NightlyReport, f: int) -> Picture:
     metric = report.metrics[f]
-    figure, (axes,) = plots.subplots("MAE: " + METRICS.get(metric, metric))
+    figure, (axes,) = plots.subplots("MAE: " + describe(metric))
     ahead = np.arange(1, report.horizon + 1) * report.step
     size, unit = next(
         pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if ahead[-1] >= pair[0]

@@ -1,4 +1,4 @@
-"""The main job: from new raw files to a published forecast and its report, each stage skipped when complete."""
+"""The main job: from new raw files to a published forecast and its report; complete stages are skipped."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class _Stages:
         self.rows: list[dict[str, Any]] = []
         self.figures: dict[str, dict[str, Any]] = {}
 
-    def run(self, name: str, stage: Callable[[], dict[str, Any]], note: Callable[[dict[str, Any]], str]) -> None:
+    def run(
+        self, name: str, stage: Callable[[], dict[str, Any]], note: Callable[[dict[str, Any]], str]
+    ) -> None:
         log.info("— %s", name)
         started, peak = time.monotonic(), PeakMemory()
         figures = stage()
@@ -94,10 +96,14 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
     train_options, forecast_options = options.of_dataset()
     stages = _Stages()
     stages.run(
-        "ingest", lambda: ingest(store, source, options.ingest), lambda f: f"{sum(f['rows_read'].values()):,} rows"
+        "ingest",
+        lambda: ingest(store, source, options.ingest),
+        lambda f: f"{sum(f['rows_read'].values()):,} rows",
     )
     stages.run(
-        "shard", lambda: shard(store, options.shard), lambda f: f"{f['entities']} entities, {f['shards']} shards"
+        "shard",
+        lambda: shard(store, options.shard),
+        lambda f: f"{f['entities']} entities, {f['shards']} shards",
     )
     failure: Exception | None = None
     try:
@@ -110,7 +116,9 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
     stages.run("forecast", lambda: forecast(store, forecast_options), lambda f: f"{f['rows']:,} rows")
     page = write_report(store, options.shard.windows, stages)
     if failure is not None:
-        raise RuntimeError(f"training failed ({failure}); the forecast is of the model selected before") from failure
+        raise RuntimeError(
+            f"training failed ({failure}); the forecast is of the model selected before"
+        ) from failure
     return {
         "forecast": stages.figures["forecast"]["forecast"],
         "report": page,
@@ -132,7 +140,10 @@ def write_report(store: Store, windows: str, stages: _Stages) -> str:
     shown = ["metric", "rung", "mae", "rmse", "scaled_mae", "coverage_50", "coverage_80", "coverage_90"]
     tables = [
         pl.DataFrame(
-            [(label, f"{value:,}" if isinstance(value, int) else str(value)) for label, value in report.summary],
+            [
+                (label, f"{value:,}" if isinstance(value, int) else str(value))
+                for label, value in report.summary
+            ],
             schema=["figure", "value"],
             orient="row",
         ),
@@ -219,7 +230,9 @@ def _history(data: Manifest, series: list[tuple[dict[str, str], dict[str, Any]]]
         values = part["history"]
         times = [_time(data, data.steps - len(values) + i) for i in range(len(values))]
         value = pl.Series("value", values, pl.Float64)
-        frames.append(pl.DataFrame({"time": times}).with_columns(value, **{k: pl.lit(v) for k, v in key.items()}))
+        frames.append(
+            pl.DataFrame({"time": times}).with_columns(value, **{k: pl.lit(v) for k, v in key.items()})
+        )
     return pl.concat(frames)
 
 

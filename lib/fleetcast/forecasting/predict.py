@@ -74,7 +74,7 @@ class Selected:
         found: dict[str, Any] | None = self.store.read_json(f"{self.folder}/{name}")
         if found is None:
             raise InputError(
-                f"{self.store.uri}/{self.folder}/{name}: no such file, expected the selected model's; run train"
+                f"{self.store.uri}/{self.folder}/{name}: no such file, expected the selected model; run train"
             )
         return found
 
@@ -148,14 +148,18 @@ def _by_model(
 ) -> tuple[Forecast, list[str | None]]:
     """The model's forecast, and per entity why it cannot be used."""
     try:
-        found = backtest.forecast(model, batch, scaler, QUANTILES, selected.calibration["shifts"][selected.rung])
+        found = backtest.forecast(
+            model, batch, scaler, QUANTILES, selected.calibration["shifts"][selected.rung]
+        )
     except Exception as error:  # whatever a model does wrong, the fleet still gets a forecast
         log.exception("%s failed", selected.folder)
         shape = (*batch.y.shape, len(QUANTILES))
         nothing = Forecast(np.full(shape[:-1], np.nan), np.full(shape, np.nan))
         return nothing, [f"the model failed: {type(error).__name__}: {error}"] * entities
     finite = np.isfinite(found.mean).all((0, 1, 3)) & np.isfinite(found.quantiles).all((0, 1, 3, 4))
-    return found, [None if ok else "the model's forecast is not a finite number" for ok in finite]
+    return found, [
+        None if ok else "the model's forecast is not a finite number" for ok in np.atleast_1d(finite)
+    ]
 
 
 def _too_little(batch: Batch, entity: int, share: float) -> str | None:
@@ -193,9 +197,7 @@ def rows(found: GroupForecast, data: Manifest, model: str, naive: str) -> pa.Tab
         "metric": pa.array(np.tile(np.repeat(np.array(data.metrics, dtype=object), horizon), entities)),
         "time": pa.array(np.tile(times, entities * metrics)).cast(schemas.TIME),
         "mean": flat(found.mean),
-        **{
-            schemas.quantile_name(q): flat(found.quantiles[..., i]) for i, q in enumerate(QUANTILES)
-        },
+        **{schemas.quantile_name(q): flat(found.quantiles[..., i]) for i, q in enumerate(QUANTILES)},
         "model": per_entity([model if reason is None else naive for reason in found.fallback]),
         "fallback": per_entity(found.fallback),
     }

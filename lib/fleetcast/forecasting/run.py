@@ -109,7 +109,7 @@ def _publish(
             "model": selected.folder,
             "rung": selected.rung,
             "naive": selected.naive,
-            "total": "The sum over entities of their means; its quantiles are those of the total's own errors "
+            "total": "The sum over entities of their means; its quantiles are of the total's own errors "
             "on the validation part.",
         },
     )

@@ -78,9 +78,7 @@ def _measure(
             origins = np.asarray(item["origins"], np.int64)
             plan = [(item["shard"], origins[i : i + _BATCH]) for i in range(0, len(origins), _BATCH)]
             batches = Shards(store, manifest, most=1).batches(plan)
-            measured = backtest.measure(
-                batches, ladder, manifest.scaler, QUANTILES, manifest.horizon, shifts
-            )
+            measured = backtest.measure(batches, ladder, manifest.scaler, QUANTILES, manifest.horizon, shifts)
             with store.write(item["file"]) as file:
                 backtest.save(measured, file)
         return {"windows": len(item["origins"])}

@@ -1,7 +1,7 @@
 """The training job: Ray Train around the loop, then evaluation, then a model in the store.
 
-Everything that a run depends on makes its name, so the same command finds the run it was, goes on from the last
-checkpoint, and does nothing once the model is there.
+Everything that a run depends on makes its name, so the same command finds the run it was, goes on from the
+last checkpoint, and does nothing once the model is there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fleetcast import __version__, models
 from fleetcast.evaluation import metrics as figures_of
 from fleetcast.models import saving
 from fleetcast.models.base import Geometry, ModelConfig
-from fleetcast.runtime import PeakMemory, set_up_logging
+from fleetcast.runtime import PeakMemory, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
@@ -41,7 +41,7 @@ SELECTED = "models/selected.json"
 
 
 def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
-    """Trains, evaluates and saves a model, and selects it if it beats the naive rungs on the validation part."""
+    """Trains, evaluates and saves a model; selects it if it beats the naive rungs on the validation part."""
     store.open_existing()
     manifest = manifests.load(store, options.windows)
     config: ModelConfig = getattr(options, options.model)
@@ -82,28 +82,11 @@ def _fit(
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    def worker(_: dict[str, Any]) -> int:
+    def worker(config: dict[str, Any]) -> int:
+        log_to(config["log"])
         return _worker(store, manifest, options, geometry)
 
     gpu = {"GPU": 1.0} if options.gpu else {}
-    trainer = TorchTrainer(
-        worker,
-        train_loop_config={},
-        torch_config=TorchConfig(backend="nccl" if options.gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=options.workers,
-            use_gpu=options.gpu,
-            resources_per_worker={"CPU": options.cpus_per_worker, **gpu},
-        ),
-        run_config=RunConfig(
-            name=digest,
-            storage_path=store.path("_work/training"),
-            storage_filesystem=store.arrow_fs,
-            failure_config=FailureConfig(max_failures=options.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            logging_config=LoggingConfig(log_level="WARNING"),
-        ),
-    )
     log.info(
         "train: %s on %d worker(s), %d training windows of %d group(s)",
         options.model,
@@ -111,7 +94,25 @@ def _fit(
         manifest.windows("train") * len(manifest.groups),
         len(manifest.groups),
     )
-    result = trainer.fit()
+    with worker_logs() as queue:
+        result = TorchTrainer(
+            worker,
+            train_loop_config={"log": queue},
+            torch_config=TorchConfig(backend="nccl" if options.gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=options.workers,
+                use_gpu=options.gpu,
+                resources_per_worker={"CPU": options.cpus_per_worker, **gpu},
+            ),
+            run_config=RunConfig(
+                name=digest,
+                storage_path=store.path("_work/training"),
+                storage_filesystem=store.arrow_fs,
+                failure_config=FailureConfig(max_failures=options.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            ),
+        ).fit()
     assert result.checkpoint is not None, "every epoch reports a checkpoint"
     with result.checkpoint.as_directory() as folder:
         best = checkpoints.read_best(Path(folder))
@@ -123,7 +124,6 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
     import ray.train
     import ray.train.torch
 
-    set_up_logging("INFO")
     peak = PeakMemory()
     context = ray.train.get_context()
     config: ModelConfig = getattr(options, options.model)
@@ -242,7 +242,7 @@ def _commit() -> str | None:
 
 
 def _select(store: Store, folder: str) -> str:
-    """Points `selected.json` at a model; at its best naive rung where the model is not better on validation."""
+    """Points `selected.json` at a model, or at its best naive rung if that is better on validation."""
     summary = store.read_json(f"{folder}/metrics.json")["summary"]
     errors = summary["validation_error"]
     naive = min((rung for rung in errors if rung != summary["rung"]), key=errors.__getitem__)

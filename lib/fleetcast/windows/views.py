@@ -101,7 +101,7 @@ class OpenShard:
         if self._since is None:
             return x
         final, max_gap = past[:, -1], self.manifest.max_gap
-        open_for = self._since.index_select(0, final)  # [B, N, F] steps since the last observation, at the origin
+        open_for = self._since.index_select(0, final)  # [B, N, F] steps since the last observation
         held = open_for <= final[:, None, None].clamp(max=max_gap)
         width = torch.where(held, open_for, 0)
         last_seen = self._scaled.gather(0, final[:, None, None] - width)
