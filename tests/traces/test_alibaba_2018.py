@@ -97,7 +97,7 @@ def test_counts_have_no_upper_limit_but_are_finite_and_positive(value, count):
 def test_machines_and_containers_are_measured_where_they_have_usage():
     machine = products("machine_usage", "m_1,20,1,1,1,1,1,1,1", "m_1,10,1,1,1,1,1,1,1")["entities"]
     assert machine.select("entity", "kind", "parent", "measured", "seen").rows() == [
-        ("m_1", "machine", None, True, 20)
+        ("m_1", "machine", None, True, 0)  # seen in the bin that begins at 0
     ]
     described = products("machine_meta", "m_1,0,dom1,dom2,96,100,USING")["entities"]
     assert described.select("cpu_capacity", "memory_capacity", "measured").rows() == [(96, 100, None)]

@@ -158,24 +158,19 @@ def _single_member(raw: IO[bytes], name: str) -> Iterator[IO[bytes]]:
 
 
 def _lines(stream: IO[bytes], offset: int, name: str) -> Iterator[tuple[int, bytes]]:
-    rest = b""
-    while data := stream.read(BLOCK_BYTES):
-        end = data.rfind(b"\n") + 1
-        if not end:
-            rest += data
-            _check_length(rest, name, offset)
-            continue
-        block = rest + data[:end]
+    while block := stream.read(BLOCK_BYTES):
+        _check_line(block, name, offset)
+        if not block.endswith(b"\n"):
+            rest = stream.readline(_LONGEST_LINE + 1)
+            _check_line(rest, name, offset + len(block))
+            block += rest
         yield offset, block
         offset += len(block)
-        rest = data[end:]
-        _check_length(rest, name, offset)
-    if rest:
-        yield offset, rest
 
 
-def _check_length(line: bytes, name: str, offset: int) -> None:
-    if len(line) > _LONGEST_LINE:
+def _check_line(text: bytes, name: str, offset: int) -> None:
+    """Refuses a text whose first line does not end in time."""
+    if len(text) > _LONGEST_LINE and text.find(b"\n", 0, _LONGEST_LINE + 1) < 0:
         raise InputError(
             f"{name}: no line ends within {_LONGEST_LINE:,} bytes of offset {offset:,}; not a table"
         )
@@ -187,7 +182,7 @@ def _range_of_lines(raw: IO[bytes], start: int, stop: int, name: str) -> Iterato
     if start:
         raw.seek(start - 1)
         line = raw.readline(_LONGEST_LINE + 1)
-        _check_length(line, name, start - 1)
+        _check_line(line, name, start - 1)
         offset = start - 1 + len(line)
     if offset >= stop:
         return

@@ -8,6 +8,7 @@ on.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, defaultdict
 from datetime import date, timedelta
 from typing import Any
@@ -48,19 +49,29 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
         log.info("ingest: nothing new in %s", source)
         return {**store.read_json(f"telemetry/{MANIFEST}")["figures"], "skipped": True}
 
+    started = time.monotonic()
     pieces = chunks(files, options.chunk_mb << 20)
     receipts = _map(store, pieces, options)
+    mapped = time.monotonic()
     figures = _count(receipts)
     _check_rejected(figures, options.max_rejected_share)
     store.write_json(ACCEPTED, state)
     # From here until its manifest is back, the telemetry is between two states and nobody reads it.
     store.remove(f"telemetry/{MANIFEST}")
     parts = _current_parts(store, {piece.id for piece in pieces})
-    outputs = _combine(store, options, parts)
+    outputs = _build_telemetry(store, options, parts)
+    combined = time.monotonic()
+    outputs |= _build_dependencies(store, options, parts, outputs)
+    _drop_unplanned(store, set(outputs))
     kinds = {kind: [r for path, r in outputs.items() if f"/{kind}-" in path] for kind in TELEMETRY}
     figures["bins"] = {kind: sum(r["rows"] for r in found) for kind, found in kinds.items() if found}
     figures["dependencies"] = _sum_counters(r["edges"] for r in outputs.values() if "edges" in r)
     figures["peak_bytes"] = max(r.get("peak_bytes", 0) for r in [*receipts, *outputs.values()])
+    figures["stage_seconds"] = {
+        "chunks": round(mapped - started, 2),
+        "telemetry": round(combined - mapped, 2),
+        "dependencies": round(time.monotonic() - combined, 2),
+    }
     telemetry = [r for found in kinds.values() for r in found]
     if not telemetry:
         raise InputError(
@@ -166,10 +177,10 @@ def _current_parts(store: Store, ids: set[str]) -> dict[str, dict[str, list[str]
     return parts
 
 
-def _combine(
+def _build_telemetry(
     store: Store, options: IngestOptions, parts: dict[str, dict[str, list[str]]]
 ) -> dict[str, dict[str, Any]]:
-    """Builds what is stale and returns the receipts of all outputs, by path."""
+    """Builds the days and the entities that are stale; returns the receipts of all days, by path."""
     metrics = TRACES[options.trace].metrics
     plan = {
         f"telemetry/{place.split('/')[0]}/{kind}-{place[-2:]}.parquet": {"kind": kind, "parts": sorted(found)}
@@ -187,13 +198,21 @@ def _combine(
 
     described = {"parts": sorted(parts["entities"]["all"])}
     make(store, {"entities/entities.parquet": described}, entities, _OUTPUTS, "ingest: entities")
+    return outputs
 
-    def dependencies(item: dict[str, Any]) -> dict[str, Any]:
+
+def _build_dependencies(
+    store: Store,
+    options: IngestOptions,
+    parts: dict[str, dict[str, list[str]]],
+    telemetry: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Builds the days of dependencies that are stale; returns the receipts of all, by path."""
+
+    def work(item: dict[str, Any]) -> dict[str, Any]:
         return combine_dependencies(store, options, item)
 
-    edges = make(store, _dependency_plan(parts, plan), dependencies, _OUTPUTS, "ingest: dependencies")
-    _drop_unplanned(store, {*plan, *edges})
-    return outputs | edges
+    return make(store, _dependency_plan(parts, telemetry), work, _OUTPUTS, "ingest: dependencies")
 
 
 def _dependency_plan(
@@ -223,7 +242,7 @@ def _dependency_plan(
             item["telemetry"] = sorted(
                 p for p in telemetry if p.startswith(f"telemetry/date={near[1]}/machine-")
             )
-            item["inputs"] = [telemetry[path]["parts"] for path in item["telemetry"]]
+            item["inputs"] = [telemetry[path]["inputs"] for path in item["telemetry"]]
         plan[f"dependencies/date={day}/machine.parquet"] = item
     return plan
 

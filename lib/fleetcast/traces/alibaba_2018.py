@@ -75,34 +75,44 @@ def _unix(column: str, binning: Binning, width: int) -> pl.Expr:
 def _bins(
     frame: pl.DataFrame, entity: str, usage: dict[str, tuple[str, float]], binning: Binning
 ) -> pl.DataFrame:
-    """Samples → per entity and bin, and per metric, sum, count, maximum of the valid values; and `samples`.
+    """Samples → per entity and bin, and per metric, sum, count and maximum of its values; and `samples`.
 
-    In raw units: percentages are short numbers, whose float64 sums are exact whatever the order.
+    In raw units: percentages are short numbers, whose float64 sums are exact whatever the order. Columns that
+    are full, or empty as some are for days, need no counting, which is a third of the work.
     """
-    metrics = list(usage)
-    invalid = _invalid(usage)
-    valid = [
-        pl.when(~invalid[column]).then(pl.col(column).cast(pl.Float32)).alias(metric)
-        for metric, (column, _) in usage.items()
-    ]
+    nulls = {metric: frame[column].null_count() for metric, (column, _) in usage.items()}
+    empty = [metric for metric in usage if nulls[metric] == len(frame)]
+    full = [metric for metric in usage if not nulls[metric]]
+    some = [metric for metric in usage if metric not in empty]
     bins = (
         frame.lazy()
         .select(
             pl.col(entity).alias("entity"),
             (pl.col("time_stamp") // binning.step).cast(pl.Int32).alias("bin"),
-            *valid,
+            *(pl.col(usage[metric][0]).alias(metric) for metric in some),
         )
         .group_by("entity", "bin")
         .agg(
-            pl.col(metrics).cast(pl.Float64).sum().name.suffix("_sum"),
-            pl.col(metrics).count().name.suffix("_count"),
-            pl.col(metrics).max().name.suffix("_max"),
+            pl.col(some).cast(pl.Float64).sum().name.suffix("_sum"),
+            pl.col([metric for metric in some if nulls[metric]]).count().name.suffix("_count"),
+            pl.col(some).max().name.suffix("_max"),
             pl.len().alias("samples"),
         )
         .collect()
     )
+    nothing = {"_sum": (0, pl.Float64), "_count": (0, pl.UInt32), "_max": (None, pl.Float32)}
     seconds = pl.col("bin").cast(pl.Int64) * binning.step + binning.start
-    return bins.with_columns(time=(seconds * 1000).cast(pl.Datetime("ms", "UTC"))).drop("bin")
+    every = bins.with_columns(
+        *(pl.col("samples").alias(f"{metric}_count") for metric in full),
+        *(
+            pl.lit(value, dtype).alias(metric + part)
+            for metric in empty
+            for part, (value, dtype) in nothing.items()
+        ),
+        time=(seconds * 1000).cast(pl.Datetime("ms", "UTC")),
+    )
+    parts = [metric + part for metric in usage for part in nothing]
+    return every.select("entity", "time", *parts, "samples")
 
 
 def _entities(frame: pl.DataFrame, **columns: pl.Expr) -> pl.DataFrame:
@@ -132,13 +142,12 @@ def _machine_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFra
 
 
 def _machine_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    names = frame.group_by("machine_id").agg(pl.col("time_stamp").max())
-    return {
-        "machine": _bins(frame, "machine_id", _MACHINE_USAGE, binning),
-        "entities": _entities(
-            names, entity=pl.col("machine_id"), kind=pl.lit("machine"), measured=pl.lit(True)
-        ),
-    }
+    bins = _bins(frame, "machine_id", _MACHINE_USAGE, binning)
+    names = bins.group_by("entity").agg(pl.col("time").max().dt.epoch("s") - binning.start)
+    machines = _entities(
+        names, entity=pl.col("entity"), kind=pl.lit("machine"), measured=pl.lit(True), seen=pl.col("time")
+    )
+    return {"machine": bins, "entities": machines}
 
 
 def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:

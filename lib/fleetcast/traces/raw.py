@@ -34,7 +34,7 @@ class Table:
     rejects: Mapping[str, pl.Expr]
     """Reason → rows that cannot be used."""
     invalid: Mapping[str, pl.Expr]
-    """Column → rows whose value there is present but impossible; `products` make it null."""
+    """Column → rows whose value there is present but impossible, and becomes null."""
     products: Callable[[pl.DataFrame, Binning], dict[str, pl.DataFrame]]
     """Usable rows → partial products by name, aggregated as far as one block allows."""
 
@@ -54,32 +54,41 @@ class Parsed:
 
 
 def parse(block: bytes, table: Table) -> Parsed:
-    """Whole lines of a table → usable rows and the others with their reasons.
+    """Whole lines of a table → usable rows, with impossible values made null, and the others with reasons.
 
-    The strict parser is tried first; only a block that it refuses, or whose comma count is off (it fills
-    short rows with nulls), is taken apart line by line.
+    The strict parser is tried first; only a block that it refuses is taken apart line by line, or one whose
+    comma count is off: it fills short rows with nulls, so that is only counted where a last column is null.
     """
-    rows = block.count(b"\n") + (not block.endswith(b"\n"))
+    rejected, lines = _no_rejects(), None
     try:
-        if block.count(b",") != rows * (len(table.columns) - 1):
-            raise pl.exceptions.ComputeError("wrong number of columns")
         frame = pl.read_csv(block, has_header=False, schema=dict(table.columns), quote_char=None)
-        rejected = _no_rejects()
-        lines = None
+        if frame[:, -1].null_count() or block.endswith(b"\n\n"):
+            rows = block.count(b"\n") + (not block.endswith(b"\n"))
+            if block.count(b",") != rows * (len(table.columns) - 1):
+                raise pl.exceptions.ComputeError("wrong number of columns")
     except pl.exceptions.PolarsError:
         frame, rejected, lines = _parse_line_by_line(block, table)
+    rows = len(frame) + len(rejected)
 
-    if table.rejects:
+    found = frame.select(
+        pl.any_horizontal(pl.lit(False), *table.rejects.values()).any().alias("rejects"),
+        **{column: bad.sum() for column, bad in table.invalid.items()},
+    ).row(0, named=True)
+    if found.pop("rejects"):
         reason = pl.coalesce(pl.when(bad).then(pl.lit(why)) for why, bad in table.rejects.items())
         reasons = frame.select(reason.alias("reason"))["reason"]
-        if reasons.null_count() < len(reasons):
-            bad_rows = reasons.is_not_null()
-            lines = _lines(block) if lines is None else lines
-            more = lines.filter(bad_rows).with_columns(reasons.filter(bad_rows))
-            rejected = pl.concat([rejected, more.select(rejected.columns)]).sort("offset")
-            frame = frame.filter(~bad_rows)
-    counts = frame.select(bad.sum().alias(column) for column, bad in table.invalid.items())
-    invalid = {column: int(counts[column][0]) for column in counts.columns if counts[column][0]}
+        bad_rows = reasons.is_not_null()
+        lines = _lines(block) if lines is None else lines
+        more = lines.filter(bad_rows).with_columns(reasons.filter(bad_rows))
+        rejected = pl.concat([rejected, more.select(rejected.columns)]).sort("offset")
+        frame = frame.filter(~bad_rows)
+        found = frame.select(**{column: bad.sum() for column, bad in table.invalid.items()}).to_dicts()
+        found = found[0] if found else {}
+    invalid = {column: int(count) for column, count in found.items() if count}
+    frame = frame.with_columns(
+        pl.when(table.invalid[column]).then(None).otherwise(pl.col(column)).alias(column)
+        for column in invalid
+    )
     return Parsed(frame, rows, rejected, invalid)
 
 
