@@ -185,6 +185,8 @@ def spread(
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Ray Data would hold tasks back to make room for their output, which here is a line of JSON each.
+    ray.data.DataContext.get_current().op_resource_reservation_enabled = False
     if not items:
         return []
 
