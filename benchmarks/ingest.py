@@ -77,9 +77,9 @@ def main(config: Config) -> None:
     with scratch() as folder, ray_session(config.num_cpus):
         root = Path(folder)
         _synthesise(root / "small", machines=1)
-        warm = _ingest(root / "small", root, 0)
         machines = config.gb * 1e9 / _size(root / "small")
         _synthesise(root / "raw", machines=max(1, round(machines)))
+        warm = _ingest(root / "raw", root, 0)  # so that every worker process is there
         contenders: dict[str, Callable[[int], Result]] = {
             "fleetcast": partial(_ingest, root / "raw", root),
             "DuckDB": partial(_apart, _duckdb, root / "raw", root / "out", config.num_cpus),

@@ -32,7 +32,7 @@ def job(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, dict[str, Any]
     """`job(main, arguments…)` → exit code, last line of standard output, standard error. Without Ray."""
 
     def run(main: Callable[[Config], dict[str, Any]], *arguments: str) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(runtime, "ray_session", lambda num_cpus: contextlib.nullcontext())
+        monkeypatch.setattr(runtime, "ray_session", lambda num_cpus, everything: contextlib.nullcontext())
         monkeypatch.setattr(sys, "argv", ["jobs/sizes.py", *arguments])
         with pytest.raises(SystemExit) as end:
             run_job(main, Config)
@@ -85,9 +85,9 @@ def test_an_interrupted_job_is_not_whole(job):
     assert job(main)[:2] == (1, {"job": "sizes", "ok": False, "error": "interrupted"})
 
 
-def test_a_wrong_value_is_1_and_names_the_option(job):
+def test_a_wrong_value_is_2_and_names_the_option(job):
     code, last, _ = job(lambda config: {}, "--size", "much")
-    assert code == 1
+    assert code == 2
     assert last["error"].startswith("--size: ")
     assert job(lambda config: {}, "--log-level", "loud")[1]["error"] == (
         "--log-level: expected DEBUG, INFO, WARNING or ERROR, got 'loud'"
@@ -97,7 +97,7 @@ def test_a_wrong_value_is_1_and_names_the_option(job):
 def test_as_a_command_the_last_line_is_json_and_the_log_is_on_standard_error(tmp_path):
     command = [sys.executable, str(INGEST), "--store", str(tmp_path / "store")]
     missing = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert missing.returncode == 1
+    assert missing.returncode == 2
     assert json.loads(missing.stdout) == {"job": "ingest", "ok": False, "error": "--source is required"}
     assert "ERROR   --source is required" in missing.stderr
     unknown = subprocess.run([*command, "--colour", "red"], capture_output=True, text=True, env=os.environ)

@@ -21,7 +21,6 @@ METRICS: dict[str, str] = {
 FRACTIONS = frozenset({"cpu", "memory", "disk_io", "net_in", "net_out", "memory_bandwidth"})
 
 
-
 def describe(metric: str) -> str:
     """A metric in words with its unit; `cpu_max` as the maximum within the bin."""
     words = METRICS.get(metric.removesuffix("_max"), metric)

@@ -1,6 +1,5 @@
-"""The loader: batches in the order of a plan, few shards at once, no thread left behind."""
+"""The loader: batches in the order of a plan, few shards at once."""
 
-import threading
 import weakref
 from types import SimpleNamespace
 
@@ -38,10 +37,6 @@ def opened(monkeypatch) -> SimpleNamespace:
     return counts
 
 
-def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("windows")]
-
-
 def test_batches_come_in_the_order_of_the_plan(shards_of_nine):
     store, m = shards_of_nine
     plan = order.training(m, 4, seed=0, epoch=0)
@@ -72,27 +67,20 @@ def test_a_plan_in_order_opens_each_shard_once(shards_of_nine, opened):
     assert opened.opened == len({index for index, _ in plan})
 
 
-def test_an_error_while_loading_reaches_the_caller_and_ends_the_thread(shards_of_nine):
+def test_a_shard_that_is_gone_is_named(shards_of_nine):
     store, m = shards_of_nine
     plan = order.evaluation(m, "train", 4)
     lost = plan[-1][0]
     store.remove(m.shards[lost].path)
-    batches = Shards(store, m).batches(plan)
     with pytest.raises(FileNotFoundError, match=m.shards[lost].path):
-        for _ in batches:
-            assert threads()
-    assert not threads()
+        list(Shards(store, m).batches(plan))
 
 
-def test_a_caller_that_stops_early_ends_the_thread(shards_of_nine, opened):
+def test_a_shard_is_opened_when_its_first_window_is_due(shards_of_nine, opened):
     store, m = shards_of_nine
     plan = [(index, m.origins(shard, "train")[:1]) for index, shard in enumerate(m.shards)]
-    batches = Shards(store, m).batches(plan)
-    next(batches)
-    assert threads()
-    batches.close()
-    assert not threads()
-    assert opened.opened <= 3  # the one taken and the two ahead
+    next(Shards(store, m).batches(plan))
+    assert opened.opened == 1
 
 
 def test_another_scaler_replaces_the_datasets_own(shards_of_nine):

@@ -62,16 +62,12 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     outputs = _build_telemetry(store, options, parts)
     combined = time.monotonic()
     outputs |= _build_dependencies(store, options, parts, outputs)
+    finished = time.monotonic()
     _drop_unplanned(store, set(outputs))
     kinds = {kind: [r for path, r in outputs.items() if f"/{kind}-" in path] for kind in TELEMETRY}
     figures["bins"] = {kind: sum(r["rows"] for r in found) for kind, found in kinds.items() if found}
     figures["dependencies"] = _sum_counters(r["edges"] for r in outputs.values() if "edges" in r)
     figures["peak_bytes"] = max(r.get("peak_bytes", 0) for r in [*receipts, *outputs.values()])
-    figures["stage_seconds"] = {
-        "chunks": round(mapped - started, 2),
-        "telemetry": round(combined - mapped, 2),
-        "dependencies": round(time.monotonic() - combined, 2),
-    }
     telemetry = [r for found in kinds.values() for r in found]
     if not telemetry:
         raise InputError(
@@ -92,7 +88,12 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
             "figures": figures,
         },
     )
-    return {**figures, "skipped": False}
+    seconds = {
+        "chunks": round(mapped - started, 2),
+        "telemetry": round(combined - mapped, 2),
+        "dependencies": round(finished - combined, 2),
+    }
+    return {**figures, "stage_seconds": seconds, "skipped": False}
 
 
 def _accepted(store: Store, settings: dict[str, Any]) -> dict[str, Any]:

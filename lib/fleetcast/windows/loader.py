@@ -1,20 +1,15 @@
-"""Batches of windows from shards that are opened as they are needed and prepared ahead of the model."""
+"""Batches of windows from shards that are opened as they are needed."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 from fleetcast.store import Store
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.manifest import Manifest, Scaler
 from fleetcast.windows.order import POOL, Item
 from fleetcast.windows.views import OpenShard
-
-#: Batches that are ready before they are asked for.
-_AHEAD = 2
 
 
 class Shards:
@@ -44,15 +39,6 @@ class Shards:
         return sum(shard.nbytes for shard in self._open.values())
 
     def batches(self, items: Sequence[Item]) -> Iterator[Batch]:
-        """The batches of a plan in its order, assembled by a thread while the caller works on others."""
-        plan = iter(items)
-        with ThreadPoolExecutor(1, thread_name_prefix="windows") as thread:
-            ready = deque(thread.submit(self._batch, item) for item in islice(plan, _AHEAD))
-            while ready:
-                batch = ready.popleft().result()
-                ready.extend(thread.submit(self._batch, item) for item in islice(plan, 1))
-                yield batch
-
-    def _batch(self, item: Item) -> Batch:
-        index, origins = item
-        return self[index].batch(origins)
+        """The batches of a plan in its order."""
+        for index, origins in items:
+            yield self[index].batch(origins)

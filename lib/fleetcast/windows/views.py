@@ -100,14 +100,17 @@ class OpenShard:
         x = _take(self._filled, past)
         if self._since is None:
             return x
-        final, max_gap = past[:, -1], self.manifest.max_gap
+        final = past[:, -1]
         open_for = self._since.index_select(0, final)  # [B, N, F] steps since the last observation
-        held = open_for <= final[:, None, None].clamp(max=max_gap)
-        width = torch.where(held, open_for, 0)
-        last_seen = self._scaled.gather(0, final[:, None, None] - width)
-        recent = x[:, -max_gap:]
-        to_origin = torch.arange(recent.shape[1], dtype=width.dtype).flip(0)[:, None, None]
-        recent.copy_(torch.where(to_origin < width[:, None], last_seen[:, None], recent))
+        short = (open_for > 0) & (open_for <= final[:, None, None].clamp(max=self.manifest.max_gap))
+        window, entity, metric = short.nonzero(as_tuple=True)
+        width = open_for[window, entity, metric].long()
+        last_seen = self._scaled[final[window] - width, entity, metric]
+        # One entry for each step of each open gap: the i-th of a gap is i steps before the end.
+        width = width.clamp(max=past.shape[1])
+        gap = torch.repeat_interleave(width)
+        back = torch.arange(len(gap)) - (width.cumsum(0) - width)[gap]
+        x[window[gap], past.shape[1] - 1 - back, entity[gap], metric[gap]] = last_seen[gap]
         return x
 
     def _graphs(self, origins: NDArray[np.int64]) -> Edges:
