@@ -96,7 +96,7 @@ def main(config: Config) -> None:
         ["", "seconds, median (min–max)", "rows/s/core", "MB/s/core", "of the faster one", "peak"],
         [_row(name, found, rows, size, fastest, config.num_cpus) for name, found in results.items()],
         f"{megabytes(size)} of csv, {rows:,.0f} rows, page cache warm; {config.num_cpus} CPUs or threads "
-        f"each, {config.repetitions} repetitions in turn; the whole job counts but for dependencies, Ray's start does not; "
+        f"each, {config.repetitions} repetitions in turn; without dependencies and Ray's start; "
         f"same sums. Peak: the rival's process, or the job's largest task. {machine()}.",
     )
 

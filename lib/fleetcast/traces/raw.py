@@ -70,11 +70,8 @@ def parse(block: bytes, table: Table) -> Parsed:
         frame, rejected, lines = _parse_line_by_line(block, table)
     rows = len(frame) + len(rejected)
 
-    found = frame.select(
-        pl.any_horizontal(pl.lit(False), *table.rejects.values()).any().alias("rejects"),
-        **{column: bad.sum() for column, bad in table.invalid.items()},
-    ).row(0, named=True)
-    if found.pop("rejects"):
+    broken = pl.any_horizontal(pl.lit(False), *table.rejects.values())
+    if frame.select(broken.any()).item():
         reason = pl.coalesce(pl.when(bad).then(pl.lit(why)) for why, bad in table.rejects.items())
         reasons = frame.select(reason.alias("reason"))["reason"]
         bad_rows = reasons.is_not_null()
@@ -82,9 +79,8 @@ def parse(block: bytes, table: Table) -> Parsed:
         more = lines.filter(bad_rows).with_columns(reasons.filter(bad_rows))
         rejected = pl.concat([rejected, more.select(rejected.columns)]).sort("offset")
         frame = frame.filter(~bad_rows)
-        found = frame.select(**{column: bad.sum() for column, bad in table.invalid.items()}).to_dicts()
-        found = found[0] if found else {}
-    invalid = {column: int(count) for column, count in found.items() if count}
+    counts = frame.select(bad.sum().alias(column) for column, bad in table.invalid.items())
+    invalid = {column: int(counts[column][0]) for column in counts.columns if counts[column][0]}
     frame = frame.with_columns(
         pl.when(table.invalid[column]).then(None).otherwise(pl.col(column)).alias(column)
         for column in invalid
