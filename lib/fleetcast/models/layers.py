@@ -13,6 +13,9 @@ from torch_geometric.utils import to_torch_csr_tensor
 from fleetcast.models.base import Geometry
 from fleetcast.windows.batch import Batch, Edges
 
+#: Logits move by about the learning rate a step: too little to come to a choice within a training run.
+_EAGER = 10.0
+
 
 @dataclass(frozen=True)
 class Adjacency:
@@ -111,7 +114,7 @@ class NaiveBlend(nn.Module):
         shape = batch.seasonal.shape[:-1]
         naive = torch.cat([last[:, None].expand(shape)[..., None], batch.seasonal], dim=-1)
         there = torch.cat([seen[:, None].expand(shape)[..., None], batch.seasonal_mask], dim=-1)
-        weight = self.logits.softmax(-1)[:, None] * there
+        weight = (_EAGER * self.logits).softmax(-1)[:, None] * there
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
         return (weight * torch.where(there, naive, 0)).sum(-1)
 
