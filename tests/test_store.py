@@ -178,3 +178,9 @@ def test_fingerprints_tell_values_not_their_order_of_keys():
     assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1})
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     assert len(fingerprint(0)) == 16
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"--store .*file/below: cannot be written"):
+        Store(str(tmp_path / "file" / "below")).open_or_create()

@@ -72,7 +72,10 @@ class Store:
         if mark is None:
             if self.local and any(not name.startswith(".tmp-") for name in _names(self.root)):
                 raise InputError(f"--store {self.uri}: the folder holds other files and no store.json")
-            self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
+            try:
+                self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
+            except OSError as error:
+                raise InputError(f"--store {self.uri}: cannot be written ({error})") from error
         elif mark.get("format") != FORMAT:
             raise InputError(
                 f"--store {self.uri}: written in format {mark.get('format')!r} by "
