@@ -182,5 +182,5 @@ def test_fingerprints_tell_values_not_their_order_of_keys():
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"--store .*file/below: cannot be written"):
+    with pytest.raises(InputError, match=r"--store .*file/below: cannot be used"):
         Store(str(tmp_path / "file" / "below")).open_or_create()

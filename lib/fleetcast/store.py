@@ -65,17 +65,18 @@ class Store:
     # -- the store itself ----------------------------------------------------------------------------------
 
     def open_or_create(self) -> Store:
-        """Marks an empty folder as a store; refuses one of another format."""
-        if self.local and Path(self.root).is_file():
-            raise InputError(f"--store {self.uri}: is a file, expected a folder")
+        """Marks an empty folder as a store; refuses one of another format, or a place that cannot be used."""
+        try:
+            return self._open_or_create()
+        except OSError as error:
+            raise InputError(f"--store {self.uri}: cannot be used ({error})") from error
+
+    def _open_or_create(self) -> Store:
         mark = self.read_json("store.json")
         if mark is None:
             if self.local and any(not name.startswith(".tmp-") for name in _names(self.root)):
                 raise InputError(f"--store {self.uri}: the folder holds other files and no store.json")
-            try:
-                self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
-            except OSError as error:
-                raise InputError(f"--store {self.uri}: cannot be written ({error})") from error
+            self.write_json("store.json", {"format": FORMAT, "created_by": f"fleetcast {__version__}"})
         elif mark.get("format") != FORMAT:
             raise InputError(
                 f"--store {self.uri}: written in format {mark.get('format')!r} by "
