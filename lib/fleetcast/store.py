@@ -72,6 +72,8 @@ class Store:
             raise InputError(f"--store {self.uri}: cannot be used ({error})") from error
 
     def _open_or_create(self) -> Store:
+        if self.local and Path(self.root).is_file():
+            raise InputError(f"--store {self.uri}: is a file, expected a folder")
         mark = self.read_json("store.json")
         if mark is None:
             if self.local and any(not name.startswith(".tmp-") for name in _names(self.root)):
