@@ -107,15 +107,7 @@ def dataset(tmp_path, plan) -> Callable[..., tuple[Store, Manifest]]:
         store.write_table("telemetry.parquet", telemetry(values, draft).to_arrow())
         store.write_table("dependencies.parquet", dependencies(edges).to_arrow())
 
-        grid = build.Grid(
-            metrics=draft.metrics,
-            start=draft.start,
-            step=draft.step,
-            steps=draft.steps,
-            lag=draft.lags[0] if draft.lags else None,
-            train=draft.boundaries[0],
-            kinds=schemas.DEPENDENCY_KINDS,
-        )
+        grid = build.Grid.of(draft, schemas.DEPENDENCY_KINDS)
         units = pl.DataFrame(
             [(name, g, i) for g, group in enumerate(draft.groups) for i, name in enumerate(group)],
             schema={"entity": pl.String, "group": pl.Int32, "index": pl.Int32},

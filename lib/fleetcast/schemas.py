@@ -32,7 +32,6 @@ def describe_total(metric: str) -> str:
     return "total " + describe(metric).replace("fraction of capacity", "1 = one entity's capacity")
 
 
-KINDS = ("machine", "container", "service")
 DEPENDENCY_KINDS = ("call", "batch", "colocation", "correlation")
 
 # Parquet has no unit coarser than milliseconds, so whole seconds are stored as such.

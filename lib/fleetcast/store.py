@@ -152,12 +152,10 @@ class Store:
         with self.write(relative) as file:
             file.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
-    def read_table(
-        self, relative: str, columns: Sequence[str] | None = None, filters: Any = None
-    ) -> pa.Table:
+    def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file."""
         return pq.read_table(
-            self.path(relative), columns=columns, filters=filters, filesystem=self.arrow_fs, partitioning=None
+            self.path(relative), columns=columns, filesystem=self.arrow_fs, partitioning=None
         )
 
     def write_table(self, relative: str, table: pa.Table) -> None:

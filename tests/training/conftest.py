@@ -12,7 +12,6 @@ from fleetcast.models.base import Geometry
 from fleetcast.store import Store
 from fleetcast.training.loop import Progress, Run
 from fleetcast.training.options import TrainOptions
-from fleetcast.windows.calendar import FEATURES
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
 
@@ -41,14 +40,7 @@ def build_run(store: Store, manifest: Manifest, **options) -> Run:
     chosen = TrainOptions(
         **({"epochs": 4, "batch_size": 8, "stgnn": {"hidden": 8, "dropout": 0.1}} | options)
     )
-    geometry = Geometry(
-        history=manifest.history,
-        horizon=manifest.horizon,
-        metrics=manifest.metrics,
-        lags=manifest.lags,
-        calendar=FEATURES,
-        quantiles=LEVELS,
-    )
+    geometry = Geometry.of(manifest, LEVELS)
     torch.manual_seed(chosen.seed)
     net = models.build("stgnn", chosen.stgnn.model_dump(), geometry)
     return Run(

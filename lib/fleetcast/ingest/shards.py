@@ -49,15 +49,7 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     work = f"_work/windows/{options.windows}-{digest}"
     units = _units(store, options, work)
     draft = _draft(telemetry, options, units, digest)
-    grid = Grid(
-        metrics=draft.metrics,
-        start=draft.start,
-        step=draft.step,
-        steps=draft.steps,
-        lag=draft.lags[0] if draft.lags else None,
-        train=draft.boundaries[0],
-        kinds=options.dependencies,
-    )
+    grid = Grid.of(draft, options.dependencies)
     receipts = _build(store, work, telemetry, options, draft, grid, units)
     summary = summarise([receipt["statistics"] for receipt in receipts])
     finished = _finish(draft, summary, options)

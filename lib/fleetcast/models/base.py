@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fleetcast.config import Options
 from fleetcast.errors import InputError
 from fleetcast.windows.batch import Batch
+from fleetcast.windows.calendar import FEATURES
+from fleetcast.windows.manifest import Manifest
 
 
 class Geometry(Options):
@@ -27,6 +29,18 @@ class Geometry(Options):
     """C time features."""
     quantiles: tuple[float, ...]
     """Q quantile levels, rising; empty for point forecasts only."""
+
+    @classmethod
+    def of(cls, data: Manifest, quantiles: tuple[float, ...]) -> Geometry:
+        """The shapes of a dataset's batches, for a model of these quantiles."""
+        return cls(
+            history=data.history,
+            horizon=data.horizon,
+            metrics=data.metrics,
+            lags=data.lags,
+            calendar=FEATURES,
+            quantiles=quantiles,
+        )
 
     def check(self, batch: Batch) -> None:
         """Raises InputError naming the first input of a batch whose shape is not this geometry's."""

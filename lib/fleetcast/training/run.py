@@ -31,7 +31,6 @@ from fleetcast.training.evaluate import Evaluation, evaluate, scaled_mae
 from fleetcast.training.loop import Progress, Run, train
 from fleetcast.training.options import TrainOptions
 from fleetcast.windows import manifest as manifests
-from fleetcast.windows.calendar import FEATURES
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
 
@@ -54,14 +53,7 @@ def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
         saved = store.read_json(f"{folder}/metrics.json")
         return {**saved["summary"], "model": folder, "selected": _select(store, folder), "skipped": True}
 
-    geometry = Geometry(
-        history=manifest.history,
-        horizon=manifest.horizon,
-        metrics=manifest.metrics,
-        lags=manifest.lags,
-        calendar=FEATURES,
-        quantiles=QUANTILES,
-    )
+    geometry = Geometry.of(manifest, QUANTILES)
     progress, weights, peak = _fit(store, manifest, options, geometry, digest)
     work = f"_work/models/{digest}"
     saving.save(store, f"{work}/model", options.model, config, geometry, weights)

@@ -20,7 +20,7 @@ from fleetcast import schemas
 from fleetcast.config import Options
 from fleetcast.store import Store
 from fleetcast.windows.edges import combine
-from fleetcast.windows.manifest import Scaler, Shard
+from fleetcast.windows.manifest import Manifest, Scaler, Shard
 
 #: A slice divides a day [s].
 _LONGEST_SLICE = 86_400
@@ -39,6 +39,19 @@ class Grid(Options):
     """Steps of the training part."""
     kinds: tuple[str, ...]
     """Kinds of dependencies that become edges."""
+
+    @classmethod
+    def of(cls, draft: Manifest, kinds: tuple[str, ...]) -> Grid:
+        """The axes that a manifest describes."""
+        return cls(
+            metrics=draft.metrics,
+            start=draft.start,
+            step=draft.step,
+            steps=draft.steps,
+            lag=draft.lags[0] if draft.lags else None,
+            train=draft.boundaries[0],
+            kinds=kinds,
+        )
 
 
 def _is_maximum(metric: str) -> bool:
