@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from fleetcast import models
-from fleetcast.models.base import Geometry, Model
+from fleetcast.models.base import Model
+from fleetcast.models.geometry import Geometry
 from fleetcast.schemas import QUANTILES
 from fleetcast.training.loop import loss_sum
 from fleetcast.windows.batch import Batch, Edges
@@ -99,6 +100,7 @@ def _model(size: Size) -> Model:
         lags=(288,),
         calendar=FEATURES,
         quantiles=QUANTILES,
+        entities=(),
     )
     return models.build("stgnn", {"hidden": size.hidden}, geometry)
 
@@ -116,6 +118,7 @@ def _batch(size: Size) -> Batch:
         seasonal=torch.randn(b, ahead, n, f, 1),
         seasonal_mask=torch.ones(b, ahead, n, f, 1, dtype=torch.bool),
         edges=Edges(torch.stack([source, target]), torch.rand(len(target)) + 0.1),
+        nodes=torch.arange(n),
         y=torch.randn(b, ahead, n, f),
         y_mask=torch.ones(b, ahead, n, f, dtype=torch.bool),
         origins=torch.arange(b),

@@ -21,6 +21,7 @@ def batch() -> Batch:
         seasonal=seasonal.clone(),
         seasonal_mask=torch.ones(B, H, N, F, S, dtype=torch.bool),
         edges=Edges(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0)),
+        nodes=torch.arange(N),
         y=torch.full((B, H, N, F), torch.nan),
         y_mask=torch.ones(B, H, N, F, dtype=torch.bool),
         origins=torch.zeros(B, dtype=torch.int64),

@@ -7,10 +7,13 @@ import safetensors.torch
 import torch
 from fleetcast.errors import InputError
 from fleetcast.models import MODELS, saving
-from fleetcast.models.base import Geometry, Model
+from fleetcast.models.base import Model
+from fleetcast.models.geometry import Geometry
 from fleetcast.store import Store
 
-GEOMETRY = Geometry(history=4, horizon=3, metrics=("cpu",), lags=(5,), calendar=2, quantiles=(0.1, 0.9))
+GEOMETRY = Geometry(
+    history=4, horizon=3, metrics=("cpu",), lags=(5,), calendar=2, quantiles=(0.1, 0.9), entities=("a",)
+)
 FOLDER = "models/stgnn/1"
 
 

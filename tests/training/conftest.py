@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from fleetcast import models
-from fleetcast.models.base import Geometry
+from fleetcast.models.geometry import Geometry
 from fleetcast.store import Store
 from fleetcast.training.loop import Progress, Run
 from fleetcast.training.options import TrainOptions

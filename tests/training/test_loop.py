@@ -25,7 +25,9 @@ def targets(y: list[float], observed: list[bool]) -> Batch:
     """One window of one entity with these targets, and nothing else."""
     nothing = torch.zeros(0)
     return Batch(
-        **dict.fromkeys(("x", "mask", "time_x", "time_y", "seasonal", "seasonal_mask", "origins"), nothing),
+        **dict.fromkeys(
+            ("x", "mask", "time_x", "time_y", "seasonal", "seasonal_mask", "origins", "nodes"), nothing
+        ),
         edges=Edges(nothing, nothing),
         y=torch.tensor(y)[None, :, None, None],
         y_mask=torch.tensor(observed)[None, :, None, None],

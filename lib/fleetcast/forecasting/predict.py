@@ -61,6 +61,11 @@ class Selected:
         """The scaler of the data that the model was trained on."""
         return Scaler(**self.manifest["scaler"])
 
+    @property
+    def entities(self) -> list[str]:
+        """The entities that the model was trained on."""
+        return list(self._read(saving.CONFIG)["geometry"]["entities"])
+
     @cached_property
     def calibration(self) -> dict[str, dict[str, NDArray[np.float64]]]:
         """`shifts` and `total_shifts` of every rung."""
@@ -120,7 +125,7 @@ class GroupForecast:
 def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, share: float) -> GroupForecast:
     """Forecasts all entities of a group from the end of the telemetry."""
     scaler = selected.scaler
-    opened = OpenShard(store, data, shard, scaler)
+    opened = OpenShard(store, data, shard, scaler, selected.entities)
     batch = opened.batch(np.array([data.steps]))
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]

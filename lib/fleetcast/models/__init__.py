@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from fleetcast.errors import InputError
-from fleetcast.models.base import Geometry, Model, ModelConfig
+from fleetcast.models.base import Model, ModelConfig
+from fleetcast.models.geometry import Geometry
 from fleetcast.models.stgnn import StgnnConfig
 
 MODELS: dict[str, type[ModelConfig]] = {

@@ -1,4 +1,4 @@
-"""What every model is: an `Options` subclass that builds a module from the geometry of its batches."""
+"""What every model is: options that build a module, and a module that forecasts batches of any geometry."""
 
 from __future__ import annotations
 
@@ -8,56 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fleetcast.config import Options
-from fleetcast.errors import InputError
+from fleetcast.models.geometry import Geometry
+from fleetcast.models.layers import NaiveBlend
 from fleetcast.windows.batch import Batch
-from fleetcast.windows.calendar import FEATURES
-from fleetcast.windows.manifest import Manifest
-
-
-class Geometry(Options):
-    """The shapes and meanings of a model's batches; part of a saved model."""
-
-    history: int
-    """L, look-back steps."""
-    horizon: int
-    """H, forecast steps."""
-    metrics: tuple[str, ...]
-    """F input metrics, in the order of the last axis of `x`; all of them are forecast."""
-    lags: tuple[int, ...]
-    """S seasonal lags in steps, each at least the horizon."""
-    calendar: int
-    """C time features."""
-    quantiles: tuple[float, ...]
-    """Q quantile levels, rising; empty for point forecasts only."""
-
-    @classmethod
-    def of(cls, data: Manifest, quantiles: tuple[float, ...]) -> Geometry:
-        """The shapes of a dataset's batches, for a model of these quantiles."""
-        return cls(
-            history=data.history,
-            horizon=data.horizon,
-            metrics=data.metrics,
-            lags=data.lags,
-            calendar=FEATURES,
-            quantiles=quantiles,
-        )
-
-    def check(self, batch: Batch) -> None:
-        """Raises InputError naming the first input of a batch whose shape is not this geometry's."""
-        windows, _, nodes, _ = batch.x.shape
-        features, seasons = len(self.metrics), len(self.lags)
-        expected = {
-            "x": (windows, self.history, nodes, features),
-            "mask": (windows, self.history, nodes, features),
-            "time_x": (windows, self.history, self.calendar),
-            "time_y": (windows, self.horizon, self.calendar),
-            "seasonal": (windows, self.horizon, nodes, features, seasons),
-            "seasonal_mask": (windows, self.horizon, nodes, features, seasons),
-        }
-        for name, shape in expected.items():
-            given = tuple(getattr(batch, name).shape)
-            if given != shape:
-                raise InputError(f"batch: {name} of shape {given}, expected {shape}")
 
 
 @dataclass(frozen=True)
@@ -71,15 +24,40 @@ class Output:
 
 
 class Model(nn.Module, ABC):
-    """A forecaster. Node identity is never an input, so any number of entities may come."""
+    """A forecaster: what its architecture makes of a batch, added to the naive forecast if it is residual."""
+
+    def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        self.blend = NaiveBlend(geometry) if config.residual else None
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """(F, 1 + Q): what `raw` gives of each node and horizon step."""
+        return len(self.geometry.metrics), 1 + len(self.geometry.quantiles)
+
+    def forward(self, batch: Batch) -> Output:
+        """Forecasts all windows of a batch; reads neither `y` nor `y_mask`.
+
+        Raises InputError if its shapes are not the geometry's.
+        """
+        self.geometry.check(batch)
+        outputs = self.raw(batch).float()
+        if self.blend is not None:
+            outputs = outputs + self.blend(batch)[..., None]
+        return Output(outputs[..., 0], outputs[..., 1:] if self.geometry.quantiles else None)
 
     @abstractmethod
-    def forward(self, batch: Batch) -> Output:
-        """Forecasts all windows of a batch; reads neither `y` nor `y_mask`."""
+    def raw(self, batch: Batch) -> Tensor:
+        """[B, H, N, F, 1 + Q]: the mean and the quantiles, before the naive forecast is added."""
 
 
 class ModelConfig(Options, ABC):
     """Options of one model."""
+
+    residual: bool = True
+    """Whether outputs are offsets from a learned blend of last value and seasonal values; the published
+    models have none."""
 
     @abstractmethod
     def build(self, geometry: Geometry) -> Model:

@@ -1,68 +1,28 @@
-"""Layers that models share: graph convolution over whole look-backs, and a head for all horizon steps."""
+"""Layers that models share: node embeddings, a head for all horizon steps, the blend of naive forecasts."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch_geometric.nn.conv.gcn_conv import gcn_norm
-from torch_geometric.utils import to_torch_csr_tensor
 
-from fleetcast.models.base import Geometry
-from fleetcast.windows.batch import Batch, Edges
+from fleetcast.models.geometry import Geometry
+from fleetcast.windows.batch import Batch
 
 #: Logits move by about the learning rate a step: too little to come to a choice within a training run.
 _EAGER = 10.0
 
 
-@dataclass(frozen=True)
-class Adjacency:
-    """The normalised graph D̂^-1/2 Â D̂^-1/2 of a batch, Â = A + I, in both directions; row = receiver."""
+class NodeEmbedding(nn.Module):
+    """A learned vector for each entity; those that the model was not trained on get the mean of all."""
 
-    along: Tensor
-    """[M, M] sparse: each node gathers from its sources, M = B · N."""
-    against: Tensor
-    """[M, M] sparse: each node gathers from its targets."""
-
-    @classmethod
-    def of(cls, edges: Edges, nodes: int) -> Adjacency:
-        """The graph of `nodes` = B · N nodes; without edges it is the identity."""
-        return cls(
-            _normalised(edges.index, edges.weight, nodes),
-            _normalised(edges.index.flip(0), edges.weight, nodes),
-        )
-
-
-def _normalised(index: Tensor, weight: Tensor, nodes: int) -> Tensor:
-    """[nodes, nodes] CSR: row index[1] gathers from column index[0]; degrees are sums of incoming weight."""
-    index, weight = gcn_norm(index, weight.float(), nodes, add_self_loops=True, dtype=torch.float32)
-    with warnings.catch_warnings():
-        # CSR is "beta" to torch; times a dense matrix, forward and backward, it is its fastest sparse form.
-        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")
-        return to_torch_csr_tensor(index.flip(0), weight, nodes)
-
-
-class GraphConvolution(nn.Module):
-    """σ(Â_norm H W) of eq. 1, once along and once against the edges with a matrix W each, summed."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, geometry: Geometry, width: int) -> None:
         super().__init__()
-        self.along = nn.Linear(inputs, outputs)
-        self.against = nn.Linear(inputs, outputs, bias=False)
+        self.table = nn.Parameter(torch.randn(max(len(geometry.entities), 1), width) / width**0.5)
 
-    def forward(self, h: Tensor, adjacency: Adjacency) -> Tensor:
-        """[M, L, inputs] → [M, L, outputs]."""
-        return torch.relu(
-            self.along(_gather(adjacency.along, h)) + self.against(_gather(adjacency.against, h))
-        )
-
-
-def _gather(adjacency: Tensor, h: Tensor) -> Tensor:
-    """All steps of the look-back at once, as one product, so that no message is ever stored per edge."""
-    with torch.autocast(h.device.type, enabled=False):  # sparse products have no half precision
-        return (adjacency @ h.float().flatten(1)).view_as(h)
+    def forward(self, nodes: Tensor) -> Tensor:
+        """[N] positions, −1 for unknown → [N, width]."""
+        known = self.table[nodes.clamp(min=0)]
+        return torch.where(nodes[:, None] < 0, self.table.mean(0), known) if (nodes < 0).any() else known
 
 
 class HorizonHead(nn.Module):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fleetcast import models
 from fleetcast.errors import InputError
-from fleetcast.models.base import Geometry, Model, ModelConfig
+from fleetcast.models.base import Model, ModelConfig
+from fleetcast.models.geometry import Geometry
 from fleetcast.store import Store
 
 CONFIG = "config.json"

@@ -14,12 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fleetcast.models.base import Geometry, Model, ModelConfig, Output
-from fleetcast.models.layers import Adjacency, GraphConvolution, HorizonHead, NaiveBlend
+from fleetcast.models.base import Model
+from fleetcast.models.geometry import Geometry
+from fleetcast.models.graph import Adjacency, Graph, GraphConfig, gather
+from fleetcast.models.layers import HorizonHead
 from fleetcast.windows.batch import Batch
 
 
-class StgnnConfig(ModelConfig):
+class StgnnConfig(GraphConfig):
     """Options of stgnn."""
 
     hidden: Annotated[int, Field(ge=1)] = 64
@@ -32,8 +34,6 @@ class StgnnConfig(ModelConfig):
     """Share of the features that training drops after each graph layer and in the head."""
     seasonal: bool = True
     """Whether the head sees the values one season (a day, a week) before each target step."""
-    residual: bool = True
-    """Whether outputs are offsets from a learned blend of last value and seasonal values."""
     own: bool = True
     """Whether a node's own features also reach the GRU unmixed with the neighbours'."""
 
@@ -46,37 +46,45 @@ class Stgnn(Model):
     """The module. Its inputs per node and step are the F metrics and whether each was observed."""
 
     def __init__(self, config: StgnnConfig, geometry: Geometry) -> None:
-        super().__init__()
-        self.geometry = geometry
+        super().__init__(config, geometry)
         inputs, hidden = 2 * len(geometry.metrics), config.hidden
         widths = [inputs] + [hidden] * config.layers
-        self.graph = nn.ModuleList(GraphConvolution(a, b) for a, b in pairwise(widths))
+        self.graph = Graph(config, geometry)
+        self.convolutions = nn.ModuleList(GraphConvolution(a, b) for a, b in pairwise(widths))
         self.dropout = nn.Dropout(config.dropout)
         self.time = nn.Linear(geometry.calendar, hidden)
         self.own = nn.Linear(inputs, hidden, bias=False) if config.own else None
         self.gru = nn.GRU(hidden, hidden, config.gru_layers, batch_first=True)
         self.head = HorizonHead(geometry, hidden, config.dropout, config.seasonal)
-        self.blend = NaiveBlend(geometry) if config.residual else None
 
-    def forward(self, batch: Batch) -> Output:
-        """Forecasts all windows of a batch. Raises InputError if its shapes are not the geometry's."""
-        self.geometry.check(batch)
+    def raw(self, batch: Batch) -> Tensor:
+        """[B, H, N, F, 1 + Q]."""
         windows, _, nodes, _ = batch.x.shape
         _, state = self.gru(self._encode(batch))
-        outputs = self.head(state[-1].unflatten(0, (windows, nodes)), batch).float()
-        if self.blend is not None:
-            outputs = outputs + self.blend(batch)[..., None]
-        return Output(outputs[..., 0], outputs[..., 1:] if self.geometry.quantiles else None)
+        return self.head(state[-1].unflatten(0, (windows, nodes)), batch)
 
     def _encode(self, batch: Batch) -> Tensor:
         """z of eq. 2, [B · N, L, hidden]: graph convolution of each step, and the encoding of its time."""
-        windows, _, nodes, _ = batch.x.shape
+        nodes = batch.x.shape[2]
         steps = torch.cat([batch.x, batch.mask.to(batch.x.dtype)], dim=-1)
         features = steps.transpose(1, 2).flatten(0, 1)
-        adjacency = Adjacency.of(batch.edges, windows * nodes)
+        adjacency = self.graph.symmetric(batch)
         h = features
-        for layer in self.graph:
+        for layer in self.convolutions:
             h = self.dropout(layer(h, adjacency))
         if self.own is not None:
             h = h + self.own(features)
         return h + self.time(batch.time_x).repeat_interleave(nodes, dim=0)
+
+
+class GraphConvolution(nn.Module):
+    """σ(Â_norm H W) of eq. 1, once along and once against the edges with a matrix W each, summed."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.along = nn.Linear(inputs, outputs)
+        self.against = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, h: Tensor, adjacency: Adjacency) -> Tensor:
+        """[M, L, inputs] → [M, L, outputs], all steps of the look-back at once."""
+        return torch.relu(self.along(gather(adjacency.along, h)) + self.against(gather(adjacency.against, h)))

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from fleetcast.config import Options
-from fleetcast.models.stgnn import StgnnConfig
+from fleetcast.models import MODELS
+
+#: One field for each model of the registry, with its options.
+_FIELDS: dict[str, Any] = {
+    name: (config, Field(config(), description=f"Options of {name}.")) for name, config in MODELS.items()
+}
 
 
-class TrainOptions(Options):
+class TrainOptions(create_model("ModelOptions", __base__=Options, **_FIELDS)):  # type: ignore[misc]
     """From a windows dataset to a model."""
 
     windows: str = "default"
     """Name of the windows dataset."""
-    model: Literal["stgnn"] = "stgnn"
+    model: Literal[tuple(MODELS)] = "stgnn"  # type: ignore[valid-type]
     """Which model to train."""
-    stgnn: StgnnConfig = StgnnConfig()
-    """Options of stgnn."""
     epochs: int = Field(20, ge=1)
     """Most passes over the training part."""
     patience: int = Field(4, ge=1)

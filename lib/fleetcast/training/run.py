@@ -22,7 +22,8 @@ import torch
 from fleetcast import __version__, models
 from fleetcast.evaluation import metrics as figures_of
 from fleetcast.models import saving
-from fleetcast.models.base import Geometry, ModelConfig
+from fleetcast.models.base import ModelConfig
+from fleetcast.models.geometry import Geometry
 from fleetcast.runtime import PeakMemory, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint

@@ -44,6 +44,9 @@ class Batch:
     seasonal_mask: Tensor
     """[B, H, N, F, S] bool."""
     edges: Edges
+    nodes: Tensor
+    """[N] int64: which entities they are, as positions in the list of all that the model was trained on; −1
+    for others."""
     y: Tensor
     """[B, H, N, F] targets; zero where not observed."""
     y_mask: Tensor

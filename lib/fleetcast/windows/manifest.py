@@ -95,6 +95,11 @@ class Manifest(Options):
         return sum(len(group) for group in self.groups)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All entities, group after group."""
+        return tuple(name for group in self.groups for name in group)
+
+    @property
     def context(self) -> int:
         """Steps before its origin that a window may look at."""
         return context(self.history, self.lags, self.max_gap)

@@ -6,6 +6,7 @@ does not grow with the look-back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,16 @@ from fleetcast.windows.manifest import Manifest, Scaler, Shard
 class OpenShard:
     """The steps [first, last) of one group, scaled, with gaps filled and what was observed remembered."""
 
-    def __init__(self, store: Store, manifest: Manifest, shard: Shard, scaler: Scaler | None = None) -> None:
-        """Reads the shard. `scaler` replaces the dataset's own where a model brings another."""
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        shard: Shard,
+        scaler: Scaler | None = None,
+        known: Sequence[str] | None = None,
+    ) -> None:
+        """Reads the shard. `scaler` and `known` (entities) replace the dataset's own where a model brings
+        others."""
         self.manifest = manifest
         self.shard = shard
         mean, std = (scaler or manifest.scaler).arrays()
@@ -44,6 +53,8 @@ class OpenShard:
             manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
         )
         self._edges = read_edges(store, manifest, shard)
+        places = {name: place for place, name in enumerate(manifest.names if known is None else known)}
+        self._nodes = torch.tensor([places.get(name, -1) for name in manifest.groups[shard.group]])
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +83,7 @@ class OpenShard:
             seasonal=torch.stack([values for values, _ in lagged], -1) if lagged else none,
             seasonal_mask=torch.stack([mask for _, mask in lagged], -1) if lagged else none > 0,
             edges=self._graphs(origins),
+            nodes=self._nodes,
             y=y,
             y_mask=y_mask,
             origins=torch.from_numpy(origins),
