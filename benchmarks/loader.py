@@ -75,6 +75,7 @@ class Materialised:
         first = shard.batch(origins[:1])
         self.manifest = manifest
         self.first = int(origins[0])
+        self.nodes = first.nodes
         self.edges = read_edges(store, manifest, manifest.shards[0])
         shapes = {name: getattr(first, name) for name in _COPIED}
         self.tensors = {
@@ -97,7 +98,7 @@ class Materialised:
             steps = torch.from_numpy(origins)
             chosen = {name: all_.index_select(0, steps - self.first) for name, all_ in self.tensors.items()}
             slices = last_complete(steps * m.step + m.start, self.edges.starts, m.slice)
-            yield Batch(**chosen, edges=self.edges.batch(slices, m.entities), origins=steps)
+            yield Batch(**chosen, nodes=self.nodes, edges=self.edges.batch(slices, m.entities), origins=steps)
 
 
 def main(config: Config) -> None:
@@ -209,7 +210,7 @@ def _dataset(store: Store, config: Config, gaps: float) -> Manifest:
     split_dependencies(store, "edges.parquet", "links.parquet", units, grid)
     shard = draft.shards[0]
     parts = ([RowGroup("values.parquet", 0)], [RowGroup("links.parquet", 0)])
-    summary = summarise([build_shard(store, grid, shard, names, *parts, (shard.path, shard.edges))])
+    summary = summarise([build_shard(store, grid, shard, names, *parts, (shard.path, shard.edges))], [0])
     return draft.model_copy(update={"scaler": summary.scaler})
 
 

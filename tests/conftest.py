@@ -99,7 +99,9 @@ def dataset(tmp_path, plan) -> Callable[..., tuple[Store, Manifest]]:
     """
     number = itertools.count()
 
-    def make(values: NDArray[np.float32], edges: Iterable[Edge] = (), **options) -> tuple[Store, Manifest]:
+    def make(
+        values: NDArray[np.float32], edges: Iterable[Edge] = (), scale: str = "metric", **options
+    ) -> tuple[Store, Manifest]:
         steps, entities, _ = values.shape
         options = {"groups": [[f"e{n}" for n in range(entities)]], **options}
         draft = plan(steps, **options)
@@ -129,7 +131,7 @@ def dataset(tmp_path, plan) -> Callable[..., tuple[Store, Manifest]]:
             )
             for shard in draft.shards
         ]
-        found = build.summarise(statistics)
+        found = build.summarise(statistics, [shard.group for shard in draft.shards], scale == "entity")
         known = {"scaler": found.scaler, "seasonal_error": found.seasonal_error, "observed": found.observed}
         finished = draft.model_copy(update=known)
         store.write_json(f"windows/test/{MANIFEST}", finished.model_dump(mode="json"))

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -221,3 +222,55 @@ def spread(
     if errors:
         raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return [receipts[index] for index in range(len(items))]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why an item of `tasks` gave nothing."""
+
+    reason: str
+
+
+def tasks(
+    items: list[Any],
+    work: Callable[[Any], Any],
+    what: str,
+    name: Callable[[Any], str],
+    cpus: float = 1,
+    gpus: float = 0,
+    most: int | None = None,
+) -> list[Any]:
+    """Runs `work` on every item, each as a Ray task with a share of the CPUs and GPUs, at most `most` at once.
+
+    For long pieces of work of any kind, where `spread` is for many small ones. Returns what each gave, in the
+    order of the items, or `Failed`: an item that fails does not stop the others. Progress is logged.
+    """
+    import ray
+
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)
+    def task(item: Any, queue: Any) -> Any:
+        log_to(queue)
+        return work(item)
+
+    found: list[Any] = [None] * len(items)
+    waiting = list(enumerate(items))
+    running: dict[Any, int] = {}
+    with worker_logs() as queue:
+        while waiting or running:
+            while waiting and (most is None or len(running) < most):
+                index, item = waiting.pop(0)
+                running[task.remote(item, queue)] = index
+            (done,), _ = ray.wait(list(running))
+            index = running.pop(done)
+            try:
+                found[index] = ray.get(done)
+                remark = "done"
+            except ray.exceptions.RayTaskError as error:
+                found[index] = Failed(f"{type(error.cause).__name__}: {error.cause}")
+                remark = found[index].reason
+            except ray.exceptions.RayError as error:  # its process was killed, for memory perhaps
+                found[index] = Failed(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                remark = found[index].reason
+            left = len(waiting) + len(running)
+            log.info("%s %d/%d: %s: %s", what, len(items) - left, len(items), name(items[index]), remark)
+    return found

@@ -72,7 +72,8 @@ DEPENDENCIES = pa.schema(
     ]
 )
 
-#: Rows that could not be used; `offset` is the row's first byte in the (decompressed) file.
+#: Rows that could not be used; `offset` is the row's first byte in the (decompressed) file, or the row's
+#: number where a file's columns have names.
 REJECTED = pa.schema(
     [
         ("table", NAME),

@@ -34,12 +34,26 @@ from fleetcast.errors import InputError
 #: Version of the folders and schemas below the store's root.
 FORMAT = 1
 MANIFEST = "manifest.json"
+#: Which raw files, in which settings, the telemetry is made of.
+ACCEPTED = "ingested/manifest.json"
+#: A raw file is told from others by its size and these many bytes of its head and of its tail.
+_KEY_BYTES = 1 << 20
 
 
 def fingerprint(value: Any) -> str:
     """A short digest of a JSON-like value: equal values, equal digests, on every machine."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def content_key(fs: Any, path: str, size: int) -> str:
+    """A short digest of a file's content, from its size, head and tail."""
+    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
+    with fs.open(path, "rb") as file:
+        digest.update(file.read(_KEY_BYTES))
+        file.seek(max(0, size - _KEY_BYTES))
+        digest.update(file.read(_KEY_BYTES))
+    return digest.hexdigest()
 
 
 def _names(folder: str) -> list[str]:

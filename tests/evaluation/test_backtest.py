@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fleetcast.evaluation import backtest
+from fleetcast.evaluation import backtest, peaks
 from fleetcast.evaluation.backtest import Measured
-from fleetcast.evaluation.metrics import coverage, mae
-from fleetcast.evaluation.naive import LAST_VALUE, YESTERDAY
+from fleetcast.evaluation.metrics import ABSOLUTE, COUNT, ERROR, coverage, mae
+from fleetcast.evaluation.naive import DAILY_MAXIMUM, LAST_VALUE, YESTERDAY
 from fleetcast.models.base import Output
 from fleetcast.schemas import QUANTILES
 from fleetcast.windows import order
@@ -19,6 +19,7 @@ from fleetcast.windows.batch import Batch
 from fleetcast.windows.loader import Shards
 
 STEPS, HISTORY, HORIZON, DAY = 300, 8, 4, 96
+NO_SHIFT = np.zeros((HORIZON, 2, len(QUANTILES)))
 GROUPS = [["e0", "e1"], ["e2"]]
 
 
@@ -27,6 +28,12 @@ def skewed(batch: Batch) -> Output:
     mean = 0.5 * batch.seasonal[..., 0] + 0.3
     levels = 0.01 * np.array(QUANTILES, dtype=np.float32)
     return Output(mean, mean[..., None] + batch.y.new_tensor(levels))
+
+
+def one_level(batch: Batch) -> Output:
+    """As `skewed`, with its highest level only."""
+    output = skewed(batch)
+    return Output(output.mean, output.quantiles[..., -1:])
 
 
 @pytest.fixture
@@ -53,34 +60,41 @@ def ladder(made):
 def measure(made, ladder, items, shifts=None) -> dict[str, Measured]:
     store, data = made
     batches = Shards(store, data).batches(items)
-    return backtest.measure(batches, ladder, data.scaler, QUANTILES, HORIZON, shifts)
+    return backtest.measure(batches, ladder, data.scaler, QUANTILES, HORIZON, shifts, limits(made))
+
+
+def limits(made) -> np.ndarray:
+    """[N, F] thresholds of high load, low enough that there is some of every entity."""
+    return np.tile(np.float32(made[1].scaler.mean), (made[1].entities, 1))
 
 
 # -- the naive rungs, computed a second time ---------------------------------------------------------------
 
 
-def naive(values: np.ndarray, origin: int, lag: int | None, unknown: list[float]) -> np.ndarray:
+def naive(values: np.ndarray, origin: int, rung: str, unknown: list[float]) -> np.ndarray:
     """[H, N, F] the naive forecast of one window from the telemetry itself; `unknown` if it has none."""
     guess = np.empty((HORIZON, *values.shape[1:]))
     for n, f in np.ndindex(*values.shape[1:]):
         past = values[origin - HISTORY : origin, n, f]
         seen = past[np.isfinite(past)]
         guess[:, n, f] = seen[-1] if len(seen) else unknown[f]
-        for h in range(HORIZON if lag else 0):
-            earlier = values[origin + h - lag, n, f]
-            if np.isfinite(earlier):
-                guess[h, n, f] = earlier
+        earlier = values[origin - DAY : origin - DAY + HORIZON, n, f]
+        there = np.isfinite(earlier)
+        if rung == YESTERDAY:
+            guess[there, n, f] = earlier[there]
+        if rung == DAILY_MAXIMUM and there.any():
+            guess[:, n, f] = earlier[there].max()
     return guess
 
 
-@pytest.mark.parametrize(("rung", "lag"), [(LAST_VALUE, None), (YESTERDAY, DAY)])
-def test_the_errors_of_the_naive_rungs_are_those_of_the_raw_telemetry(made, ladder, values, rung, lag):
+@pytest.mark.parametrize("rung", [LAST_VALUE, YESTERDAY, DAILY_MAXIMUM])
+def test_the_errors_of_the_naive_rungs_are_those_of_the_raw_telemetry(made, ladder, values, rung):
     _, data = made
     found = measure(made, ladder, order.evaluation(data, "test", 16))[rung]
     origins = range(data.boundaries[1], STEPS - HORIZON + 1)
     assert len(origins) == data.windows("test") == 57
     errors = np.stack(
-        [values[o : o + HORIZON] - naive(values, o, lag, list(data.scaler.mean)) for o in origins]
+        [values[o : o + HORIZON] - naive(values, o, rung, list(data.scaler.mean)) for o in origins]
     )
     np.testing.assert_allclose(
         mae(found.scores), np.nanmean(np.abs(errors), axis=(0, 2)), rtol=1e-6, err_msg="per horizon step"
@@ -88,9 +102,9 @@ def test_the_errors_of_the_naive_rungs_are_those_of_the_raw_telemetry(made, ladd
     expected = np.nanmean(np.abs(errors), axis=(0, 1, 2))
     np.testing.assert_allclose(mae(found.scores.pooled())[0], expected, rtol=1e-6)
 
-    assert sorted(found.total_error) == list(origins)
+    assert sorted(found.by_origin) == list(origins)
     for origin, of_window in zip(origins, errors, strict=True):
-        total, count = found.total_error[origin]
+        total, count = found.by_origin[origin][[ERROR, COUNT]]
         np.testing.assert_allclose(total, np.nansum(of_window, axis=1), rtol=1e-5, atol=1e-4)
         np.testing.assert_array_equal(count, np.isfinite(of_window).sum(1))
 
@@ -102,15 +116,17 @@ def same(one: Measured, other: Measured) -> None:
     """Counts are equal, sums but for the rounding of their order."""
     ours, theirs = one.scores.to_json(), other.scores.to_json()
     for name in ours:
-        exact = name in ("levels", "floor", "n", "ape_n", "below", "inside")
+        exact = name in ("levels", "floor", "n", "centre", "ape_n", "below", "inside")
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0 if exact else 1e-12, err_msg=name)
     assert (one.residuals is None) == (other.residuals is None)
     if one.residuals is not None and other.residuals is not None:
         np.testing.assert_array_equal(one.residuals.counts, other.residuals.counts)
         np.testing.assert_array_equal(one.residuals.largest, other.residuals.largest)
-    assert one.total_error.keys() == other.total_error.keys()
-    for origin, error in one.total_error.items():
-        np.testing.assert_allclose(error, other.total_error[origin], atol=1e-9)
+    for name, array in one.peaks.arrays().items():
+        np.testing.assert_allclose(array, other.peaks.arrays()[name], rtol=1e-12, err_msg=name)
+    assert one.by_origin.keys() == other.by_origin.keys()
+    for origin, error in one.by_origin.items():
+        np.testing.assert_allclose(error, other.by_origin[origin], atol=1e-9)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -161,9 +177,11 @@ def test_what_was_saved_is_loaded_exactly(made, ladder, part):
     for name, found in measured.items():
         again = loaded[name]
         assert again.scores.to_json() == found.scores.to_json()
-        assert list(again.total_error) == list(found.total_error)
-        for origin, error in found.total_error.items():
-            np.testing.assert_array_equal(again.total_error[origin], error)
+        assert list(again.by_origin) == list(found.by_origin)
+        for origin, error in found.by_origin.items():
+            np.testing.assert_array_equal(again.by_origin[origin], error)
+        for key, array in found.peaks.arrays().items():
+            np.testing.assert_array_equal(again.peaks.arrays()[key], array)
         if part == "test":
             assert again.residuals is None
         else:
@@ -182,7 +200,9 @@ def test_targets_that_were_not_observed_do_not_count(made, ladder):
     other = [replace(b, y=torch.where(b.y_mask, b.y, 1e6 + torch.arange(4)[:, None, None])) for b in batches]
     for name in ladder:
         one, two = (
-            backtest.measure(given, {name: ladder[name]}, data.scaler, QUANTILES, HORIZON, None)[name]
+            backtest.measure(
+                given, {name: ladder[name]}, data.scaler, QUANTILES, HORIZON, None, limits(made)
+            )[name]
             for given in (batches, other)
         )
         assert one.scores.to_json() == two.scores.to_json()
@@ -205,6 +225,33 @@ def test_a_forecast_is_in_original_units_and_a_point_moves_by_the_shifts_of_its_
     expected = (scaled[..., None] + shifts[:, None]) * std[:, None] + mean[:, None]
     np.testing.assert_allclose(moved.quantiles, expected)
     np.testing.assert_array_equal(moved.mean, plain.mean)
+    np.testing.assert_array_equal(moved.median, plain.mean)
+
+
+def test_the_median_of_a_rung_with_quantiles_is_its_calibrated_half(made, ladder):
+    store, data = made
+    (batch,) = Shards(store, data).batches([(0, np.array([50, 60]))])
+    shifts = np.sort(np.random.default_rng(0).normal(size=(HORIZON, 2, len(QUANTILES))))
+    given = backtest.forecast(ladder["skewed"], batch, data.scaler, QUANTILES, shifts)
+    np.testing.assert_array_equal(given.median, given.quantiles[..., QUANTILES.index(0.5)])
+    assert not np.allclose(given.median, given.mean)
+    without = backtest.forecast(one_level, batch, data.scaler, QUANTILES[-1:], None)
+    np.testing.assert_array_equal(without.median, without.mean)
+
+
+def test_scores_and_sums_per_origin_count_the_errors_of_the_median(made, ladder):
+    _, data = made
+    found = measure(made, {"skewed": skewed}, order.evaluation(data, "val", 16))["skewed"]
+    batches = list(Shards(*made).batches(order.evaluation(data, "val", 64)))
+    spread, centre = np.asarray(data.scaler.std), np.asarray(data.scaler.mean)
+    expected = 0.0
+    for batch in batches:
+        median = backtest.forecast(skewed, batch, data.scaler, QUANTILES, None).median
+        miss = np.abs(batch.y.double().numpy() * spread + centre - median)
+        expected = expected + np.where(batch.y_mask, miss, 0).sum((0, 2))
+    np.testing.assert_allclose(found.scores.abs_error, expected)
+    np.testing.assert_allclose(found.scores.scaled_error, expected / spread)
+    np.testing.assert_allclose(sum(found.by_origin.values())[ABSOLUTE], expected / spread)
 
 
 def test_intervals_calibrated_on_exchangeable_data_cover_what_they_promise(dataset):
@@ -226,13 +273,45 @@ def test_intervals_calibrated_on_exchangeable_data_cover_what_they_promise(datas
     assert coverage(raw["skewed"].scores.pooled(), 0.9)[0, 0] < 0.1, "before it was calibrated"
 
 
+# -- peaks -------------------------------------------------------------------------------------------------
+
+
+def test_each_entity_has_its_own_threshold_in_whatever_group_it_is(made, ladder, values):
+    store, data = made
+    batches = list(Shards(store, data).batches(order.evaluation(data, "test", 16)))
+    limit = peaks.thresholds([values[: data.boundaries[0]]])
+    naive = {LAST_VALUE: ladder[LAST_VALUE]}
+    found = backtest.measure(batches, naive, data.scaler, QUANTILES, HORIZON, {LAST_VALUE: NO_SHIFT}, limit)
+    targets = [values[o : o + HORIZON] for o in range(data.boundaries[1], STEPS - HORIZON + 1)]
+    np.testing.assert_array_equal(found[LAST_VALUE].peaks.n, (np.stack(targets) > limit).sum((0, 1, 2)))
+
+
+def test_a_load_that_reaches_its_threshold_and_never_passes_it_is_not_high(dataset):
+    values = np.full((STEPS, 3, 2), [0.1, 23.7], np.float32)
+    values[:, 2] = np.random.default_rng(0).normal(size=(STEPS, 2))
+    store, data = dataset(values, width=120, history=HISTORY, horizon=HORIZON, lags=(DAY,))
+    limit = peaks.thresholds([values[: data.boundaries[0]]])
+    limit[2] = np.inf
+    batches = Shards(store, data).batches(order.evaluation(data, "test", 16))
+    ladder = {LAST_VALUE: backtest.rungs(data, None, "")[LAST_VALUE]}
+    found = backtest.measure(batches, ladder, data.scaler, QUANTILES, HORIZON, None, limit)[LAST_VALUE].peaks
+    assert found.n.tolist() == [0, 0] and found.alarms.sum() == 0 and found.timed.sum() > 0
+
+
+def test_without_thresholds_no_peaks_are_counted(made, ladder):
+    store, data = made
+    batches = Shards(store, data).batches(order.evaluation(data, "val", 16))
+    found = backtest.measure(batches, ladder, data.scaler, QUANTILES, HORIZON, None)
+    assert all(one.peaks is None and (one + one).peaks is None for one in found.values())
+
+
 # -- the cluster's total -----------------------------------------------------------------------------------
 
 
 def test_the_total_is_shifted_by_quantiles_of_its_own_error_per_entity():
     errors = np.arange(1, 21)[:, None, None] * np.array([[1.0], [10.0]])  # [origins, H, F]
-    total_error = {o: np.stack([errors[o] * 4, np.full((2, 1), 4.0)]) for o in range(20)}
-    shifts = backtest.total_shifts(total_error, (0.1, 0.5, 0.95), entities=4)
+    by_origin = {o: np.stack([errors[o] * 4, np.full((2, 1), 4.0)]) for o in range(20)}
+    shifts = backtest.total_shifts(by_origin, (0.1, 0.5, 0.95), entities=4)
     np.testing.assert_allclose(shifts[:, 0], [[3, 11, 20], [30, 110, 200]])
 
 

@@ -27,14 +27,15 @@ def windows():
 
 
 def score(windows, pick=slice(None)):
-    return Scores.of(*(array[pick] for array in windows), QUANTILES, FLOOR)
+    return Scores.of(*(array[pick] for array in windows), QUANTILES, FLOOR, scale=STD)
 
 
 def every_figure(scores):
     figures = {f.__name__: f(scores) for f in (m.mae, m.mse, m.rmse, m.mape, m.mape_share, m.wape, m.r2)}
-    figures |= {"mase": m.mase(scores, SCALE), "scaled_mae": m.scaled_mae(scores, STD)}
+    by_level = (m.pinball, m.calibration, m.wis, m.idle, m.shortfall, m.under_provisioned)
+    figures |= {"mase": m.mase(scores, SCALE), "scaled_mae": m.scaled_mae(scores)}
     figures |= {f"coverage {c}": m.coverage(scores, c) for c in m.INTERVALS}
-    return figures | {f.__name__: f(scores) for f in (m.pinball, m.calibration, m.wis)}
+    return figures | {f.__name__: f(scores) for f in by_level}
 
 
 def split(kind, windows):
@@ -86,6 +87,14 @@ def test_point_figures_are_those_of_the_definitions(windows):
         assert figures[name][2, 1] == pytest.approx(value, rel=1e-12), name
 
 
+def test_each_entity_may_have_a_scale_of_its_own(windows):
+    y, mask, mean, _ = windows
+    own = np.linspace(0.5, 2, N * F).reshape(N, F)
+    scores = Scores.of(y, mask, mean, None, (), FLOOR, scale=own)
+    expected = np.where(mask, np.abs(y.astype(float) - mean) / own, 0).sum((0, 2)) / mask.sum((0, 2))
+    np.testing.assert_allclose(m.scaled_mae(scores), expected)
+
+
 def test_quantile_figures_are_those_of_the_definitions(windows):
     y, mask, _, quantiles = windows
     seen = mask[:, 0, :, 0]
@@ -102,6 +111,46 @@ def test_quantile_figures_are_those_of_the_definitions(windows):
     assert m.pinball(score(windows))[0, 0] == pytest.approx(loss.mean())
     assert m.wis(score(windows))[0, 0] == pytest.approx((weighted / 3.5).mean())
     np.testing.assert_allclose(m.calibration(score(windows))[0, 0], (gap <= 0).mean(axis=0))
+    np.testing.assert_allclose(m.under_provisioned(score(windows))[0, 0], (gap > 0).mean(axis=0))
+    np.testing.assert_allclose(m.idle(score(windows))[0, 0], np.maximum(-gap, 0).mean(axis=0))
+    np.testing.assert_allclose(m.shortfall(score(windows))[0, 0], np.maximum(gap, 0).mean(axis=0))
+
+
+def test_absolute_errors_are_of_the_median_and_squared_ones_of_the_mean(windows):
+    y, mask, mean, quantiles = windows
+    median = quantiles[..., QUANTILES.index(0.5)]
+    both = Scores.of(y, mask, mean, quantiles, QUANTILES, FLOOR, median)
+    of_mean, of_median = (Scores.of(y, mask, point, quantiles, QUANTILES, FLOOR) for point in (mean, median))
+    for name, figure in every_figure(both).items():
+        squared = name in ("mse", "rmse", "r2")
+        expected = every_figure(of_mean if squared else of_median)[name]
+        np.testing.assert_array_equal(figure, expected, err_msg=name)
+    with pytest.raises(InputError, match="median"):
+        Scores.of(y, mask, mean, quantiles, QUANTILES, FLOOR, median[:1])
+
+
+def test_sums_per_origin_are_those_of_the_scores(windows):
+    y, mask, mean, quantiles = windows
+    median = quantiles[..., QUANTILES.index(0.5)]
+    broken = np.where(mask, y, np.nan)
+    sums = m.per_origin(broken, mask, mean, median, quantiles, QUANTILES)
+    assert sums.shape == (B, 5, H, F)
+    total = Scores.of(y, mask, mean, quantiles, QUANTILES, FLOOR, median)
+    np.testing.assert_array_equal(sums[:, m.COUNT].sum(0), total.n)
+    np.testing.assert_allclose(sums[:, m.ABSOLUTE].sum(0), total.abs_error)
+    np.testing.assert_allclose(sums[:, m.SQUARED].sum(0), total.squared_error)
+    np.testing.assert_allclose(sums[:, m.PINBALL].sum(0) / total.n, m.pinball(total))
+    error = np.where(mask, y.astype(float) - mean, 0)
+    np.testing.assert_allclose(sums[:, m.ERROR], error.sum(2))
+
+
+def test_r2_keeps_its_digits_far_from_zero():
+    noise = np.random.default_rng(0).normal(size=(200, 1, 5, 1))
+    near = Scores.of(noise, noise < 9, 0.5 * noise, None, (), (0.1,))
+    far = Scores.of(noise + 1e7, noise < 9, 0.5 * noise + 1e7, None, (), (0.1,), centre=(1e7,))
+    assert m.r2(far).item() == pytest.approx(m.r2(near).item(), rel=1e-7)
+    with pytest.raises(InputError, match="centre"):
+        Scores.zeros(1, (), (0.1,), (0.0, 0.0))
 
 
 def test_pooling_is_over_sums_and_not_over_figures(windows):
@@ -142,7 +191,7 @@ def test_a_target_on_a_quantile_is_at_or_below_it_and_inside_its_interval():
 def test_nothing_counted_is_nan_in_arrays_and_none_in_json():
     empty = Scores.zeros(H, QUANTILES, FLOOR)
     assert all(np.isnan(figure).all() for figure in every_figure(empty).values())
-    figures = m.figures(empty, STD, SCALE)
+    figures = m.figures(empty, SCALE)
     assert len(figures) == F and set(figures[0].values()) == {None}
     json.dumps(figures, allow_nan=False)
 
@@ -164,7 +213,7 @@ def test_json_keeps_every_digit(windows):
 
 
 def test_scores_of_other_levels_are_refused(windows):
-    with pytest.raises(InputError, match=r"levels \(0\.5,\)"):
+    with pytest.raises(InputError, match=r"\(0\.5,\)"):
         score(windows) + Scores.zeros(H, (0.5,), FLOOR)
     with pytest.raises(InputError, match="quantiles"):
         Scores.of(*windows, (0.5,), FLOOR)

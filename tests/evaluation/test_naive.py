@@ -60,6 +60,22 @@ def test_seasonal_takes_the_lag_and_else_the_last_value():
     assert last_week[1, :, 0, 0].tolist() == [20, 21, 22]
 
 
+def test_the_maximum_is_the_highest_observation_a_week_before_held():
+    given = batch()
+    given.seasonal_mask[0, 2, 1, 0, 1] = False
+    given.seasonal[0, 2, 1, 0, 1] = torch.nan
+    given.seasonal_mask[1, :, 0, 0, 1] = False
+    given.seasonal[1, :, 1, 0, 1] = torch.tensor([-1.0, -5.0, -3.0])
+    forecast = naive_rungs(lags=[288, 2016], step=300)["weekly maximum"](given)
+    assert forecast.shape == (B, H, N, F)
+    assert forecast[0, :, 0, 0].tolist() == [22, 22, 22]
+    assert forecast[0, :, 1, 0].tolist() == [21, 21, 21], "not the filling"
+    assert forecast[1, :, 0, 0].tolist() == [3, 3, 3], "the last value where nothing was observed"
+    assert forecast[1, :, 1, 0].tolist() == [-1, -1, -1]
+    daily = naive_rungs(lags=[288], step=300)["daily maximum"](given)
+    assert daily[0, :, 0, 0].tolist() == [12, 12, 12]
+
+
 def test_rungs_are_named_by_their_lag():
     assert list(naive_rungs([24, 168, 48, 6], 3600)) == [
         "last value",
@@ -67,6 +83,14 @@ def test_rungs_are_named_by_their_lag():
         "same time last week",
         "same time 2 days ago",
         "same time 6 h ago",
+        "weekly maximum",
+    ]
+    assert [list(naive_rungs(lags, 3600))[-1] for lags in ([24], [6, 48], [24, 168, 336], [6], [])] == [
+        "daily maximum",
+        "maximum 2 days ago",
+        "weekly maximum",
+        "maximum 6 h ago",
+        "last value",
     ]
     assert [duration(s) for s in (90, 300, 5400, 86_400)] == ["90 s", "5 min", "90 min", "1 day"]
 

@@ -10,14 +10,13 @@ import polars as pl
 import pytest
 from fleetcast.errors import InputError
 from fleetcast.evaluation.metrics import Scores
+from fleetcast.evaluation.naive import skill_rung
+from fleetcast.evaluation.page import number, percent
 from fleetcast.evaluation.report import (
     COLUMNS,
     NightlyReport,
     ladder_table,
-    number,
-    percent,
     render,
-    skill_rung,
     text_table,
     verdict,
 )
@@ -83,7 +82,6 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
             ("same time last week", scores(0.07, horizon, f)),
             ("stgnn", scores(0.045, horizon, f)),
         ],
-        std=np.full(f, 0.15),
         mase_scale=np.full(f, 0.05),
         summary=[
             ("Rows read", 12_345_678),
@@ -228,13 +226,13 @@ def test_a_missing_column_is_named():
 )
 def test_the_verdict_is_in_words(spread, words):
     rungs = [("last value", scores(0.1)), ("same time yesterday", scores(0.06)), ("stgnn", scores(spread))]
-    table = ladder_table(rungs, ("cpu", "memory"), np.ones(2), np.ones(2))
+    table = ladder_table(rungs, ("cpu", "memory"), np.ones(2))
     assert verdict(table, "stgnn").startswith(f"stgnn is {words}")
 
 
 def test_the_ladder_has_a_row_per_metric_and_rung():
     given = report()
-    table = ladder_table(given.ladder, given.metrics, given.std, given.mase_scale)
+    table = ladder_table(given.ladder, given.metrics, given.mase_scale)
     assert table["metric"].to_list() == ["cpu"] * 4 + ["memory"] * 4
     row = table.row(by_predicate=(pl.col("metric") == "cpu") & (pl.col("rung") == "stgnn"), named=True)
     assert row["scaled_mae"] == pytest.approx(row["mae"] / 0.15)
@@ -255,7 +253,6 @@ def test_rungs_that_counted_other_targets_are_refused():
         ladder_table(
             [("last value", scores(0.1)), ("stgnn", scores(0.1, seed=3))],
             ("cpu", "memory"),
-            np.ones(2),
             np.ones(2),
         )
 

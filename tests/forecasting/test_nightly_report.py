@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 from fleetcast.evaluation.metrics import mae
-from fleetcast.evaluation.naive import LAST_VALUE, YESTERDAY
+from fleetcast.evaluation.naive import DAILY_MAXIMUM, LAST_VALUE, YESTERDAY
 from fleetcast.evaluation.report import COLUMNS, NightlyReport, render
 from fleetcast.forecasting import nightly as night
 from fleetcast.forecasting.nightly import NightlyOptions, build_report, nightly
@@ -101,7 +101,7 @@ def test_the_ladder_holds_the_model_and_the_naive_rungs_of_its_evaluation(serve,
     store, data = serve(values, rung=LAST_VALUE)
     report = report_of(store, data)
     assert report.model == "stgnn", "also where the naive forecast is the one that is served"
-    assert [rung for rung, _ in report.ladder] == ["stgnn", LAST_VALUE, YESTERDAY]
+    assert [rung for rung, _ in report.ladder] == ["stgnn", LAST_VALUE, YESTERDAY, DAILY_MAXIMUM]
     folder = store.read_json("models/selected.json")["model"]
     errors = store.read_json(f"{folder}/metrics.json")["summary"]["test_error"]
     for rung, scores in report.ladder:

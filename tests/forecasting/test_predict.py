@@ -12,7 +12,7 @@ import pytest
 import torch
 from fleetcast import schemas
 from fleetcast.errors import InputError
-from fleetcast.evaluation.naive import LAST_VALUE, YESTERDAY
+from fleetcast.evaluation.naive import DAILY_MAXIMUM, LAST_VALUE, YESTERDAY
 from fleetcast.forecasting.predict import ForecastOptions, GroupForecast, Selected, predict, rows
 from fleetcast.forecasting.run import read_selected
 from fleetcast.models import saving
@@ -210,7 +210,7 @@ def test_the_reason_of_the_selection_names_both_errors_of_the_validation_part(se
     store, _ = serve(values)
     selected = read_selected(store)
     errors = store.read_json(f"{selected.folder}/metrics.json")["summary"]["validation_error"]
-    naive = min((LAST_VALUE, YESTERDAY), key=errors.__getitem__)
+    naive = min((LAST_VALUE, YESTERDAY, DAILY_MAXIMUM), key=errors.__getitem__)
     assert selected.naive == naive
     assert selected.reason == f"validation error {errors['stgnn']:.4f}, {naive} {errors[naive]:.4f}"
 

@@ -58,13 +58,13 @@ def rewrite_weights(store: Store, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("head.step"), "tensor head.step is missing"),
+        (lambda s: s.pop("time.weight"), "tensor time.weight is missing"),
         (lambda s: s.update(extra=torch.ones(1)), "tensor extra is not one of the model's"),
         (
-            lambda s: s.update({"head.step": torch.ones(3, 7)}),
-            r"tensor head.step is torch.float32 \(3, 7\), expected torch.float32 \(3, 6\)",
+            lambda s: s.update({"time.weight": torch.ones(6, 3)}),
+            r"tensor time.weight is torch.float32 \(6, 3\), expected torch.float32 \(6, 2\)",
         ),
-        (lambda s: s.update({"head.step": s["head.step"].half()}), "tensor head.step is torch.float16"),
+        (lambda s: s.update({"time.weight": s["time.weight"].half()}), "tensor time.weight is torch.float16"),
     ],
 )
 def test_other_tensors_are_refused(store, saved, change, message):

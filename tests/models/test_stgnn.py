@@ -8,11 +8,9 @@ from fleetcast.models import MODELS, build
 from fleetcast.models.base import Model
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Adjacency
-from fleetcast.models.stgnn import Stgnn
+from fleetcast.models.stgnn import PLAIN, Stgnn
 from fleetcast.windows.batch import Batch, Edges
 from samples import GEOMETRY, NO_EDGES, NODES, PATH, affected, batch, forecast
-
-PLAIN = {"seasonal": False, "residual": False, "own": False}
 
 
 def model(geometry: Geometry = GEOMETRY, **options) -> Model:

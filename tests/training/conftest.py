@@ -10,7 +10,7 @@ import torch
 from fleetcast import models
 from fleetcast.models.geometry import Geometry
 from fleetcast.store import Store
-from fleetcast.training.loop import Progress, Run
+from fleetcast.training.loop import Run
 from fleetcast.training.options import TrainOptions
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
@@ -43,15 +43,4 @@ def build_run(store: Store, manifest: Manifest, **options) -> Run:
     geometry = Geometry.of(manifest, LEVELS)
     torch.manual_seed(chosen.seed)
     net = models.build("stgnn", chosen.stgnn.model_dump(), geometry)
-    return Run(
-        net=net,
-        optimizer=torch.optim.AdamW(
-            net.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay
-        ),
-        shards=Shards(store, manifest),
-        options=chosen,
-        levels=LEVELS,
-        progress=Progress(),
-        best={},
-        device=torch.device("cpu"),
-    )
+    return Run.start(net, Shards(store, manifest), chosen)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fleetcast.errors import InputError
-from fleetcast.evaluation.naive import LAST_VALUE, YESTERDAY
+from fleetcast.evaluation.naive import DAILY_MAXIMUM, LAST_VALUE, YESTERDAY
 from fleetcast.models import saving
 from fleetcast.models.stgnn import StgnnConfig
 from fleetcast.schemas import QUANTILES
@@ -63,7 +63,7 @@ def test_a_trained_model_is_saved_with_its_figures_and_origin_once_and_selected_
     assert {"fleetcast", "python", "torch", "ray"} <= set(manifest["versions"])
 
     metrics = store.read_json(f"{model}/metrics.json")
-    rungs = ["stgnn", LAST_VALUE, YESTERDAY]
+    rungs = ["stgnn", LAST_VALUE, YESTERDAY, DAILY_MAXIMUM]
     assert len(metrics["history"]) == 3
     assert list(metrics["summary"]["validation_error"]) == list(figures["test_error"]) == rungs
     targets = 3 * data.horizon * data.windows("test")

@@ -222,16 +222,32 @@ def test_a_metric_of_small_values_is_scaled_like_any_other(dataset):
 
 def test_a_metric_unseen_in_training_is_reported():
     statistics = {
-        "count": [3.0, 0.0],
-        "sum": [3.0, 0.0],
-        "squares": [1.0, 0.0],
-        "observed": [3.0, 2.0],
-        "cells": [8.0, 8.0],
-        "seasonal_sum": [0.0, 0.0],
-        "seasonal_count": [0.0, 0.0],
+        "count": [[3.0, 0.0]],
+        "sum": [[3.0, 0.0]],
+        "squares": [[1.0, 0.0]],
+        "observed": [[3.0, 2.0]],
+        "cells": [[8.0, 8.0]],
+        "seasonal_sum": [[0.0, 0.0]],
+        "seasonal_count": [[0.0, 0.0]],
     }
-    summary = build.summarise([statistics, statistics])
+    summary = build.summarise([statistics, statistics], [0, 0])
     assert summary.unseen == (1,)
     assert summary.scaler.std[1] == 1
     assert summary.seasonal_error == (0, 0)
     assert summary.observed == (3 / 8, 2 / 8)
+
+
+def test_each_entity_has_a_scale_of_its_own_where_asked_for(dataset):
+    values = random_values()
+    values[:, 1] = values[:, 1] * 50 + 7
+    values[:, 0, 1] = 3  # constant: on the metric's scale
+    _, m = dataset(values, scale="entity", width=40)
+    train = values[: m.boundaries[0]].astype(np.float64)
+    mean, std = m.scaler.of(np.array([1, 0, -1]))
+    expected = np.nanstd(train, axis=0)
+    expected[0, 1] = np.nanstd(train[..., 1])
+    np.testing.assert_allclose(mean[:2], np.nanmean(train, axis=0)[[1, 0]])
+    np.testing.assert_allclose(std[:2], expected[[1, 0]])
+    np.testing.assert_allclose((mean[2], std[2]), (m.scaler.mean, m.scaler.std))
+    pooled = dataset(values)[1].scaler.of(np.array([1, 0]))
+    np.testing.assert_allclose(pooled[1], np.broadcast_to(np.nanstd(train, axis=(0, 1)), (2, 2)))

@@ -7,7 +7,7 @@ calibrate; scores of the test part are what is reported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from fleetcast.evaluation.intervals import ResidualHistogram, bucket_of, calibrate
-from fleetcast.evaluation.metrics import Scores
+from fleetcast.evaluation.metrics import COUNT, ERROR, Scores, per_origin
 from fleetcast.evaluation.naive import naive_rungs
+from fleetcast.evaluation.peaks import Peaks
 from fleetcast.models.base import Model, Output
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.manifest import Manifest, Scaler
@@ -49,6 +50,8 @@ class Forecast:
 
     mean: NDArray[np.float64]
     """[B, H, N, F]."""
+    median: NDArray[np.float64]
+    """[B, H, N, F] the quantile at 0.5 of a rung that gives quantiles, the mean of one that gives a point."""
     quantiles: NDArray[np.float64]
     """[B, H, N, F, Q], calibrated where shifts were given."""
 
@@ -62,8 +65,10 @@ def forecast(
     mean, quantiles = output.mean.double().numpy(), _levels(output, len(levels))
     if shifts is not None:
         quantiles = calibrate(quantiles, shifts)
-    centre, spread = (np.asarray(part, np.float64) for part in (scaler.mean, scaler.std))
-    return Forecast(mean * spread + centre, quantiles * spread[:, None] + centre[:, None])
+    centre, spread = scaler.of(batch.nodes.numpy())
+    mean, quantiles = mean * spread + centre, quantiles * spread[..., None] + centre[..., None]
+    has_median = output.quantiles is not None and 0.5 in levels
+    return Forecast(mean, quantiles[..., levels.index(0.5)] if has_median else mean, quantiles)
 
 
 def _levels(output: Output, levels: int) -> NDArray[np.float64]:
@@ -79,17 +84,22 @@ class Measured:
     scores: Scores
     residuals: ResidualHistogram | None
     """Of the validation part, uncalibrated."""
-    total_error: dict[int, NDArray[np.float64]]
-    """Origin → [2, H, F]: Σ (y − ŷ) over observed entities, and how many they are."""
+    by_origin: dict[int, NDArray[np.float64]]
+    """Origin → [K, H, F] the sums of `metrics.per_origin` over all entities."""
+    peaks: Peaks | None = None
+    """Where thresholds of high load were given."""
 
     def __add__(self, other: Measured) -> Measured:
         residuals = self.residuals
         if residuals is not None and other.residuals is not None:
             residuals = residuals + other.residuals
-        total = dict(self.total_error)
-        for origin, error in other.total_error.items():
-            total[origin] = total[origin] + error if origin in total else error
-        return Measured(self.scores + other.scores, residuals, total)
+        by_origin = dict(self.by_origin)
+        for origin, sums in other.by_origin.items():
+            by_origin[origin] = by_origin[origin] + sums if origin in by_origin else sums
+        peaks = self.peaks
+        if peaks is not None and other.peaks is not None:
+            peaks = peaks + other.peaks
+        return Measured(self.scores + other.scores, residuals, by_origin, peaks)
 
 
 def measure(
@@ -99,38 +109,60 @@ def measure(
     levels: tuple[float, ...],
     horizon: int,
     shifts: dict[str, NDArray[np.float64]] | None,
+    thresholds: NDArray[np.float32] | None = None,
 ) -> dict[str, Measured]:
-    """Scores all rungs on all windows of some batches. Without `shifts` residuals are collected as well."""
+    """Scores all rungs on all windows of some batches. Without `shifts` residuals are collected as well.
+
+    With `thresholds` [N, F] of high load (`peaks.thresholds`, original units, all entities in the order that
+    `batch.nodes` counts in) peaks are, too.
+    """
     metrics = len(scaler.mean)
     floor = np.asarray(scaler.std) * _FLOOR
     measured = {
         name: Measured(
-            Scores.zeros(horizon, levels, floor),
+            Scores.zeros(horizon, levels, floor, scaler.mean),
             ResidualHistogram.zeros(horizon, metrics, levels) if shifts is None else None,
             {},
+            None if thresholds is None else Peaks.zeros(metrics, levels),
         )
         for name in ladder
     }
-    centre, spread = (np.asarray(part, np.float64) for part in (scaler.mean, scaler.std))
     for batch in batches:
+        centre, spread = scaler.of(batch.nodes.numpy())
         y = batch.y.double().numpy() * spread + centre
         seen = batch.y_mask.numpy()
+        limit = None if thresholds is None else _limit(thresholds, batch, scaler)
         for name, rung in ladder.items():
             found = measured[name]
             given = forecast(rung, batch, scaler, levels, None if shifts is None else shifts[name])
-            found.scores = found.scores + Scores.of(y, seen, given.mean, given.quantiles, levels, floor)
+            found.scores = found.scores + Scores.of(
+                y, seen, given.mean, given.quantiles, levels, floor, given.median, scaler.mean, spread
+            )
             if found.residuals is not None:
-                scaled = (given.quantiles - centre[:, None]) / spread[:, None]
+                scaled = (given.quantiles - centre[..., None]) / spread[..., None]
                 found.residuals.add(batch.y.double().numpy(), seen, scaled)
-            error = np.where(seen, y - given.mean, 0).sum(2)
-            both = np.stack([error, seen.sum(2).astype(np.float64)], axis=1)
-            for origin, part in zip(batch.origins.tolist(), both, strict=True):
-                found.total_error[origin] = found.total_error.get(origin, 0) + part
+            if found.peaks is not None and limit is not None:
+                found.peaks = found.peaks + Peaks.of(
+                    y, seen, given.mean, given.median, given.quantiles, levels, limit
+                )
+            sums = per_origin(y, seen, given.mean, given.median, given.quantiles, levels, spread)
+            for origin, part in zip(batch.origins.tolist(), sums, strict=True):
+                found.by_origin[origin] = found.by_origin.get(origin, 0) + part
     return measured
 
 
+def _limit(thresholds: NDArray[np.float32], batch: Batch, scaler: Scaler) -> NDArray[np.float64]:
+    """[N, F] the thresholds of a batch's entities; NaN of unknown ones."""
+    nodes = batch.nodes.numpy()
+    own = np.where(nodes[:, None] >= 0, thresholds[nodes], np.float32(np.nan))
+    # Scaled and back as the targets were: a load that just reaches its threshold is not above it by rounding.
+    mean, std = scaler.of(nodes)
+    scaled = ((own - mean.astype(np.float32)) / std.astype(np.float32)).astype(np.float64)
+    return scaled * std + mean
+
+
 def total_shifts(
-    total_error: dict[int, NDArray[np.float64]], levels: tuple[float, ...], entities: int
+    by_origin: dict[int, NDArray[np.float64]], levels: tuple[float, ...], entities: int
 ) -> NDArray[np.float64]:
     """[K, F, Q] quantiles of the error of the cluster's mean per entity, by bucket of horizon steps.
 
@@ -138,9 +170,9 @@ def total_shifts(
     total's own errors on the validation part, over the origins and steps at which most were observed.
     Origins overlap, so with a short validation part these are rough.
     """
-    errors = np.stack([total_error[origin] for origin in sorted(total_error)])
-    count = errors[:, 1]
-    mean = np.where(count >= entities / 2, errors[:, 0] / np.maximum(count, 1), np.nan)
+    sums = np.stack([by_origin[origin] for origin in sorted(by_origin)])
+    count = sums[:, COUNT]
+    mean = np.where(count >= entities / 2, sums[:, ERROR] / np.maximum(count, 1), np.nan)
     horizon = mean.shape[1]
     buckets = bucket_of(np.arange(horizon), horizon)
     shifts = np.zeros((int(buckets.max()) + 1, mean.shape[2], len(levels)))
@@ -162,8 +194,10 @@ def save(measured: dict[str, Measured], file: IO[bytes]) -> None:
         if found.residuals is not None:
             arrays[f"{position}.counts"] = found.residuals.counts
             arrays[f"{position}.largest"] = found.residuals.largest
-        arrays[f"{position}.origins"] = np.asarray(list(found.total_error), np.int64)
-        arrays[f"{position}.total"] = np.asarray(list(found.total_error.values()))
+        if found.peaks is not None:
+            arrays |= {f"{position}.peaks.{key}": value for key, value in found.peaks.arrays().items()}
+        arrays[f"{position}.origins"] = np.asarray(list(found.by_origin), np.int64)
+        arrays[f"{position}.by_origin"] = np.asarray(list(found.by_origin.values()))
     np.savez_compressed(file, names=np.asarray(list(measured)), **arrays)
 
 
@@ -172,16 +206,22 @@ def load(file: IO[bytes], levels: tuple[float, ...], horizon: int) -> dict[str, 
     with np.load(file, allow_pickle=False) as arrays:
         measured = {}
         for position, name in enumerate(arrays["names"].tolist()):
-            prefix = f"{position}.scores."
-            state = {
-                key.removeprefix(prefix): arrays[key].tolist() for key in arrays if key.startswith(prefix)
-            }
+            state = {key: value.tolist() for key, value in _under(arrays, f"{position}.scores.").items()}
+            peaks = _under(arrays, f"{position}.peaks.")
             residuals = None
             if f"{position}.counts" in arrays:
                 counts, largest = arrays[f"{position}.counts"], arrays[f"{position}.largest"]
                 residuals = ResidualHistogram(levels, horizon, counts, largest)
-            total = dict(
-                zip(arrays[f"{position}.origins"].tolist(), arrays[f"{position}.total"], strict=True)
+            origins, sums = arrays[f"{position}.origins"].tolist(), arrays[f"{position}.by_origin"]
+            by_origin = dict(zip(origins, sums, strict=True))
+            measured[name] = Measured(
+                Scores.from_json(state),
+                residuals,
+                by_origin,
+                Peaks.from_arrays(peaks) if peaks else None,
             )
-            measured[name] = Measured(Scores.from_json(state), residuals, total)
         return measured
+
+
+def _under(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, NDArray[Any]]:
+    return {key.removeprefix(prefix): arrays[key] for key in arrays if key.startswith(prefix)}

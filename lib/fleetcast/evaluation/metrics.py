@@ -4,6 +4,10 @@
     mae(scores)            # [H, F], one figure per horizon step
     mae(scores.pooled())   # [1, F], over all steps
 
+A point error is taken of the functional that it elicits (Gneiting 2011, J. Am. Stat. Assoc. 106): absolute
+errors (MAE, WAPE, MASE, MAPE, scaled MAE) of the median forecast, squared ones (MSE, RMSE, R²) of the mean.
+Else a skewed load would make a model that forecasts its mean well look worse than one that does not.
+
 Letters: B windows, H horizon steps, N entities, F metrics, Q quantile levels, I central intervals. A figure
 that nothing was counted for is NaN in arrays and None in JSON.
 """
@@ -25,6 +29,9 @@ Counts = NDArray[np.int64]
 #: Nominal coverages of the central intervals; one is counted where both its ends are among the levels.
 INTERVALS = (0.5, 0.8, 0.9)
 
+#: What `per_origin` sums up, in the order of its second axis.
+ERROR, COUNT, ABSOLUTE, SQUARED, PINBALL = range(5)
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -34,24 +41,32 @@ class Scores:
     """Q quantile levels, rising."""
     floor: tuple[float, ...]
     """F floors: the absolute percentage error counts only where |y| reaches the floor of its metric."""
+    centre: tuple[float, ...]
+    """F values near the targets' means, from which `y` and `y_squared` are counted so that R² keeps its
+    digits where a load varies little about a large level."""
     n: Counts
     """[H, F] observed targets; a zero is a target like any other."""
     abs_error: Floats
-    """[H, F] Σ |y − ŷ|."""
+    """[H, F] Σ |y − median forecast|."""
+    scaled_error: Floats
+    """[H, F] Σ |y − median forecast| ÷ the standard deviation of the training part: the metric's, or the
+    entity's where the dataset is scaled by entity."""
     squared_error: Floats
-    """[H, F] Σ (y − ŷ)²."""
+    """[H, F] Σ (y − mean forecast)²."""
     y: Floats
-    """[H, F] Σ y."""
+    """[H, F] Σ (y − centre)."""
     y_squared: Floats
-    """[H, F] Σ y²."""
+    """[H, F] Σ (y − centre)²."""
     y_abs: Floats
     """[H, F] Σ |y|."""
     ape: Floats
-    """[H, F] Σ |y − ŷ| / |y| where |y| ≥ floor."""
+    """[H, F] Σ |y − median forecast| / |y| where |y| ≥ floor."""
     ape_n: Counts
     """[H, F] targets with |y| ≥ floor."""
     pinball: Floats
     """[H, F, Q] Σ max(q (y − ŷ_q), (q − 1) (y − ŷ_q))."""
+    over: Floats
+    """[H, F, Q] Σ max(ŷ_q − y, 0): what stays idle if ŷ_q is provisioned."""
     below: Counts
     """[H, F, Q] targets with y ≤ ŷ_q."""
     inside: Counts
@@ -60,18 +75,29 @@ class Scores:
     """[H, F, I] Σ of interval scores (Gneiting & Raftery 2007, eq. 43)."""
 
     @classmethod
-    def zeros(cls, horizon: int, levels: Sequence[float], floor: ArrayLike) -> Scores:
-        """Nothing counted yet: the neutral element of `+`. `floor` [F] has one positive value per metric."""
+    def zeros(
+        cls, horizon: int, levels: Sequence[float], floor: ArrayLike, centre: ArrayLike | None = None
+    ) -> Scores:
+        """Nothing counted yet: the neutral element of `+`.
+
+        `floor` [F] has one positive value per metric, `centre` [F] one of any sign (0 if not given).
+        """
         floors = tuple(float(value) for value in np.atleast_1d(np.asarray(floor, dtype=np.float64)))
         if not all(value > 0 for value in floors):
             raise InputError(f"floor {floors}: expected positive numbers, one per metric")
+        given = np.zeros(len(floors)) if centre is None else np.asarray(centre, np.float64)
+        centres = tuple(float(value) for value in np.atleast_1d(given))
+        if len(centres) != len(floors):
+            raise InputError(f"centre {centres}: expected {len(floors)} numbers, one per metric")
         cell = (horizon, len(floors))
         by_level, by_interval = (*cell, len(levels)), (*cell, len(central(levels)))
         return cls(
             levels=tuple(levels),
             floor=floors,
+            centre=centres,
             n=np.zeros(cell, np.int64),
             abs_error=np.zeros(cell),
+            scaled_error=np.zeros(cell),
             squared_error=np.zeros(cell),
             y=np.zeros(cell),
             y_squared=np.zeros(cell),
@@ -79,6 +105,7 @@ class Scores:
             ape=np.zeros(cell),
             ape_n=np.zeros(cell, np.int64),
             pinball=np.zeros(by_level),
+            over=np.zeros(by_level),
             below=np.zeros(by_level, np.int64),
             inside=np.zeros(by_interval, np.int64),
             interval_score=np.zeros(by_interval),
@@ -93,19 +120,24 @@ class Scores:
         quantiles: ArrayLike | None,
         levels: Sequence[float],
         floor: ArrayLike,
+        median: ArrayLike | None = None,
+        centre: ArrayLike | None = None,
+        scale: ArrayLike = 1.0,
     ) -> Scores:
         """The scores of one batch in original units.
 
-        `y`, `y_mask` (observed) and `mean` are [B, H, N, F]; `quantiles` [B, H, N, F, Q] at `levels`, or None
-        with no levels. Raises InputError if shapes disagree or an observed target or its forecast is not a
-        finite number: a counted point is never dropped.
+        `y`, `y_mask` (observed), `mean` and `median` (the mean if not given) are [B, H, N, F]; `quantiles`
+        [B, H, N, F, Q] at `levels`, or None with no levels; `floor` and `centre` as in `zeros`; `scale`
+        the standard deviations, [F] or [N, F]. Raises InputError if shapes disagree or an observed target or
+        its forecast is not a finite number: a counted point is never dropped.
         """
         y, mean, y_mask = np.asarray(y), np.asarray(mean), np.asarray(y_mask, dtype=bool)
+        middle = mean if median is None else np.asarray(median)
         bands = np.empty((*y.shape, 0)) if quantiles is None else np.asarray(quantiles)
-        _same_shape(y, y_mask=y_mask, mean=mean)
+        _same_shape(y, y_mask=y_mask, mean=mean, median=middle)
         if bands.shape != (*y.shape, len(levels)):
             raise InputError(f"quantiles {bands.shape}: expected {(*y.shape, len(levels))}")
-        empty = cls.zeros(y.shape[1], levels, floor)
+        empty = cls.zeros(y.shape[1], levels, floor, centre)
         if len(empty.floor) != y.shape[3]:
             raise InputError(
                 f"floor: {len(empty.floor)} values, expected one for each of {y.shape[3]} metrics"
@@ -114,15 +146,19 @@ class Scores:
         seen = _points(y_mask)
         target = _observed(y, seen, "y")
         error = target - _observed(mean, seen, "mean")
+        miss = np.abs(target - _observed(middle, seen, "median"))
+        spread = _points(np.broadcast_to(np.asarray(scale, np.float64), y.shape))
+        level = np.where(seen, target - np.array(empty.centre)[:, None], 0)
         reaches = seen & (np.abs(target) >= np.array(empty.floor)[:, None])
-        relative = np.abs(error) / np.maximum(np.abs(target), np.array(empty.floor)[:, None])
+        relative = miss / np.maximum(np.abs(target), np.array(empty.floor)[:, None])
         scores = replace(
             empty,
             n=seen.sum(-1),
-            abs_error=np.abs(error).sum(-1),
+            abs_error=miss.sum(-1),
+            scaled_error=(miss / spread).sum(-1),
             squared_error=(error**2).sum(-1),
-            y=target.sum(-1),
-            y_squared=(target**2).sum(-1),
+            y=level.sum(-1),
+            y_squared=(level**2).sum(-1),
             y_abs=np.abs(target).sum(-1),
             ape=np.where(reaches, relative, 0).sum(-1),
             ape_n=reaches.sum(-1),
@@ -132,27 +168,27 @@ class Scores:
 
     def _with_quantiles(self, target: Floats, seen: NDArray[np.bool_], quantiles: list[Floats]) -> Scores:
         """Fills the quantile parts from target, seen and each level's forecast, all [H, F, points]."""
-        pinball, below = self.pinball.copy(), self.below.copy()
+        pinball, over, below = self.pinball.copy(), self.over.copy(), self.below.copy()
         for i, (level, quantile) in enumerate(zip(self.levels, quantiles, strict=True)):
             gap = target - quantile
             pinball[..., i] = np.maximum(level * gap, (level - 1) * gap).sum(-1)
+            over[..., i] = np.maximum(-gap, 0).sum(-1)
             below[..., i] = (seen & (gap <= 0)).sum(-1)
         inside, interval_score = self.inside.copy(), self.interval_score.copy()
         for i, (coverage, low, high) in enumerate(central(self.levels)):
-            under = np.maximum(quantiles[low] - target, 0)
-            over = np.maximum(target - quantiles[high], 0)
+            outside = np.maximum(quantiles[low] - target, 0) + np.maximum(target - quantiles[high], 0)
             width = quantiles[high] - quantiles[low]
-            inside[..., i] = (seen & (under == 0) & (over == 0)).sum(-1)
-            interval_score[..., i] = (width + 2 / (1 - coverage) * (under + over)).sum(-1)
-        return replace(self, pinball=pinball, below=below, inside=inside, interval_score=interval_score)
+            inside[..., i] = (seen & (outside == 0)).sum(-1)
+            interval_score[..., i] = (width + 2 / (1 - coverage) * outside).sum(-1)
+        return replace(
+            self, pinball=pinball, over=over, below=below, inside=inside, interval_score=interval_score
+        )
 
     def __add__(self, other: Scores) -> Scores:
         """Both together. Raises InputError if they count different things."""
-        if (self.levels, self.floor, self.n.shape) != (other.levels, other.floor, other.n.shape):
-            raise InputError(
-                f"scores of {other.n.shape} with levels {other.levels} and floors {other.floor}: "
-                f"expected {self.n.shape}, {self.levels} and {self.floor} to add them up"
-            )
+        mine, theirs = ((s.n.shape, *(getattr(s, name) for name in _PLAIN)) for s in (self, other))
+        if mine != theirs:
+            raise InputError(f"scores of (shape, {', '.join(_PLAIN)}) {theirs}: expected {mine}")
         return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in _ARRAYS})
 
     def pooled(self, steps: Sequence[int] | slice = slice(None)) -> Scores:
@@ -164,7 +200,7 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; nothing is rounded."""
         arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        return {"levels": list(self.levels), "floor": list(self.floor), **arrays}
+        return {name: list(getattr(self, name)) for name in _PLAIN} | arrays
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Scores:
@@ -172,7 +208,7 @@ class Scores:
         expected = {field.name for field in fields(cls)}
         if set(value) != expected:
             raise InputError(f"scores with fields {sorted(value)}: expected {sorted(expected)}")
-        scores = cls.zeros(len(value["n"]), value["levels"], value["floor"])
+        scores = cls.zeros(len(value["n"]), value["levels"], value["floor"], value["centre"])
         arrays: dict[str, Any] = {}
         for name in _ARRAYS:
             empty = getattr(scores, name)
@@ -181,7 +217,8 @@ class Scores:
         return replace(scores, **arrays)
 
 
-_ARRAYS = tuple(field.name for field in fields(Scores) if field.name not in ("levels", "floor"))
+_PLAIN = ("levels", "floor", "centre")
+_ARRAYS = tuple(field.name for field in fields(Scores) if field.name not in _PLAIN)
 
 
 def central(levels: Sequence[float]) -> list[tuple[float, int, int]]:
@@ -195,13 +232,13 @@ def central(levels: Sequence[float]) -> list[tuple[float, int, int]]:
 
 
 def mae(scores: Scores) -> Floats:
-    """Mean absolute error, in the target's units."""
-    return _ratio(scores.abs_error, scores.n)
+    """Mean absolute error of the median forecast, in the target's units."""
+    return ratio(scores.abs_error, scores.n)
 
 
 def mse(scores: Scores) -> Floats:
-    """Mean squared error, in squared units."""
-    return _ratio(scores.squared_error, scores.n)
+    """Mean squared error of the mean forecast, in squared units."""
+    return ratio(scores.squared_error, scores.n)
 
 
 def rmse(scores: Scores) -> Floats:
@@ -211,52 +248,70 @@ def rmse(scores: Scores) -> Floats:
 
 def mape(scores: Scores) -> Floats:
     """Mean absolute percentage error as a fraction, over the targets that reach the floor."""
-    return _ratio(scores.ape, scores.ape_n)
+    return ratio(scores.ape, scores.ape_n)
 
 
 def mape_share(scores: Scores) -> Floats:
     """The share of targets that the MAPE covers."""
-    return _ratio(scores.ape_n, scores.n)
+    return ratio(scores.ape_n, scores.n)
 
 
 def wape(scores: Scores) -> Floats:
     """Σ |error| ÷ Σ |y|, as a fraction."""
-    return _ratio(scores.abs_error, scores.y_abs)
+    return ratio(scores.abs_error, scores.y_abs)
 
 
 def mase(scores: Scores, scale: ArrayLike) -> Floats:
     """MAE ÷ `scale` [F], the training part's mean absolute seasonal difference (Hyndman & Koehler 2006)."""
-    return _ratio(mae(scores), np.broadcast_to(np.asarray(scale, dtype=np.float64), scores.n.shape))
+    return ratio(mae(scores), np.broadcast_to(np.asarray(scale, dtype=np.float64), scores.n.shape))
 
 
-def scaled_mae(scores: Scores, std: ArrayLike) -> Floats:
-    """MAE ÷ `std` [F], the standard deviation of the training part."""
-    return _ratio(mae(scores), np.broadcast_to(np.asarray(std, dtype=np.float64), scores.n.shape))
+def scaled_mae(scores: Scores) -> Floats:
+    """Mean of |error| ÷ the standard deviation of the training part."""
+    return ratio(scores.scaled_error, scores.n)
 
 
 def r2(scores: Scores) -> Floats:
     """1 − Σ error² ÷ Σ (y − ȳ)² with ȳ of the very targets that were counted; NaN if they are all alike."""
-    total = scores.y_squared - _ratio(scores.y**2, scores.n)
+    total = scores.y_squared - ratio(scores.y**2, scores.n)
     # Of a constant target the difference leaves nothing but rounding.
     varies = total > 1e-12 * scores.y_squared
-    return 1 - _ratio(scores.squared_error, np.where(varies, total, 0))
+    return 1 - ratio(scores.squared_error, np.where(varies, total, 0))
 
 
 def pinball(scores: Scores) -> Floats:
     """Pinball loss, the mean over targets and levels."""
-    return _ratio(scores.pinball.sum(-1), scores.n * len(scores.levels))
+    return ratio(scores.pinball.sum(-1), scores.n * len(scores.levels))
 
 
 def calibration(scores: Scores) -> Floats:
     """[H, F, Q] observed one-sided coverage: the share of targets at or below each quantile."""
-    return _ratio(scores.below, np.broadcast_to(scores.n[..., None], scores.below.shape))
+    return ratio(scores.below, np.broadcast_to(scores.n[..., None], scores.below.shape))
+
+
+def under_provisioned(scores: Scores) -> Floats:
+    """[H, F, Q] the share of targets above each quantile: how often it is too little to provision."""
+    return 1 - calibration(scores)
+
+
+def idle(scores: Scores) -> Floats:
+    """[H, F, Q] mean of max(ŷ_q − y, 0) per target: what stays unused if each quantile is provisioned."""
+    return ratio(scores.over, np.broadcast_to(scores.n[..., None], scores.over.shape))
+
+
+def shortfall(scores: Scores) -> Floats:
+    """[H, F, Q] mean of max(y − ŷ_q, 0) per target: what is missing if each quantile is provisioned."""
+    levels = np.array(scores.levels)
+    # The pinball loss is q · shortfall + (1 − q) · idle; rounding may leave a hair below zero.
+    missing = np.maximum((scores.pinball - (1 - levels) * scores.over) / levels, 0)
+    return ratio(missing, np.broadcast_to(scores.n[..., None], missing.shape))
 
 
 def coverage(scores: Scores, nominal: float) -> Floats:
     """The share of targets inside the central interval; NaN where the levels do not span it."""
     for i, (level, _, _) in enumerate(central(scores.levels)):
         if level == nominal:
-            return _ratio(scores.inside[..., i], scores.n)
+            return ratio(scores.inside[..., i], scores.n)
     return np.full(scores.n.shape, np.nan)
 
 
@@ -271,13 +326,13 @@ def wis(scores: Scores) -> Floats:
     halves = np.array([(1 - nominal) / 2 for nominal, _, _ in pairs])
     # Half the absolute error of the median is its pinball loss.
     total = scores.pinball[..., scores.levels.index(0.5)] + (scores.interval_score * halves).sum(-1)
-    return _ratio(total, scores.n * (len(pairs) + 0.5))
+    return ratio(total, scores.n * (len(pairs) + 0.5))
 
 
-def figures(scores: Scores, std: ArrayLike, mase_scale: ArrayLike) -> list[dict[str, float | None]]:
+def figures(scores: Scores, mase_scale: ArrayLike) -> list[dict[str, float | None]]:
     """Every figure pooled over all horizon steps, one dict per metric, ready for JSON.
 
-    `std` and `mase_scale` [F] are those of the training part in original units.
+    `mase_scale` [F] is the training part's, in original units.
     """
     one = scores.pooled()
     table = {
@@ -289,7 +344,7 @@ def figures(scores: Scores, std: ArrayLike, mase_scale: ArrayLike) -> list[dict[
         "wape": wape(one),
         "mase": mase(one, mase_scale),
         "r2": r2(one),
-        "scaled_mae": scaled_mae(one, std),
+        "scaled_mae": scaled_mae(one),
         "pinball": pinball(one),
         **{f"coverage_{nominal * 100:.0f}": coverage(one, nominal) for nominal in INTERVALS},
         "wis": wis(one),
@@ -298,6 +353,31 @@ def figures(scores: Scores, std: ArrayLike, mase_scale: ArrayLike) -> list[dict[
         {name: float(values[0, f]) if np.isfinite(values[0, f]) else None for name, values in table.items()}
         for f in range(one.n.shape[1])
     ]
+
+
+# -- per origin ----------------------------------------------------------------------------------------------
+
+
+def per_origin(
+    y: ArrayLike,
+    y_mask: ArrayLike,
+    mean: ArrayLike,
+    median: ArrayLike,
+    quantiles: ArrayLike,
+    levels: Sequence[float],
+    scale: ArrayLike = 1.0,
+) -> Floats:
+    """[B, K, H, F] sums over the observed entities of each window, for comparisons and totals.
+
+    K is ERROR Σ (y − mean), COUNT, ABSOLUTE Σ |y − median| ÷ `scale`, SQUARED Σ (y − mean)², PINBALL Σ of
+    the mean over levels. Shapes as in `Scores.of`; whether targets and forecasts are finite is checked there.
+    """
+    y, seen = np.asarray(y, np.float64), np.asarray(y_mask, dtype=bool)
+    error = y - np.asarray(mean)
+    gap = y[..., None] - np.asarray(quantiles)
+    loss = np.maximum(np.array(levels) * gap, (np.array(levels) - 1) * gap).mean(-1)
+    parts = [error, np.ones_like(y), np.abs(y - np.asarray(median)) / np.asarray(scale), error**2, loss]
+    return np.stack([np.where(seen, part, 0).sum(2) for part in parts], axis=1)
 
 
 # -- per entity ----------------------------------------------------------------------------------------------
@@ -310,17 +390,17 @@ class PerEntity:
     n: Counts
     """[N, F] observed targets."""
     abs_error: Floats
-    """[N, F] Σ |y − ŷ|."""
+    """[N, F] Σ |y − median forecast|."""
 
     @classmethod
-    def of(cls, y: ArrayLike, y_mask: ArrayLike, mean: ArrayLike) -> PerEntity:
+    def of(cls, y: ArrayLike, y_mask: ArrayLike, median: ArrayLike) -> PerEntity:
         """The state of one batch; shapes and errors as in `Scores.of`."""
-        y, mean, y_mask = np.asarray(y), np.asarray(mean), np.asarray(y_mask, dtype=bool)
-        _same_shape(y, y_mask=y_mask, mean=mean)
+        y, median, y_mask = np.asarray(y), np.asarray(median), np.asarray(y_mask, dtype=bool)
+        _same_shape(y, y_mask=y_mask, median=median)
         # [N, F, points]: the same reduction as in Scores, with entities in the place of steps.
-        y, mean, y_mask = (array.swapaxes(1, 2) for array in (y, mean, y_mask))
+        y, median, y_mask = (array.swapaxes(1, 2) for array in (y, median, y_mask))
         seen = _points(y_mask)
-        error = _observed(y, seen, "y") - _observed(mean, seen, "mean")
+        error = _observed(y, seen, "y") - _observed(median, seen, "median")
         return cls(n=seen.sum(-1), abs_error=np.abs(error).sum(-1))
 
     def __add__(self, other: PerEntity) -> PerEntity:
@@ -336,7 +416,7 @@ class PerEntity:
 
     def mae(self) -> Floats:
         """[N, F] mean absolute error of each entity; NaN where nothing was observed."""
-        return _ratio(self.abs_error, self.n)
+        return ratio(self.abs_error, self.n)
 
     def median_mae(self) -> Floats:
         """[F] the median of the entities' MAE, over those with observed targets; NaN if there are none."""
@@ -378,6 +458,6 @@ def _same_shape(array: NDArray[Any], **others: NDArray[Any]) -> None:
             raise InputError(f"{name} {other.shape}: expected {array.shape}")
 
 
-def _ratio(sums: NDArray[Any], counts: NDArray[Any]) -> Floats:
+def ratio(sums: NDArray[Any], counts: NDArray[Any]) -> Floats:
     """Element-wise quotient; NaN where nothing was counted."""
     return np.divide(sums, counts, out=np.full(np.shape(sums), np.nan), where=np.asarray(counts) > 0)

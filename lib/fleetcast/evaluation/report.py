@@ -6,21 +6,20 @@ The same ladder table, through `text_table`, is what a job prints at its end. Al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
-from matplotlib.ticker import MaxNLocator
 
 from fleetcast import plots
 from fleetcast.errors import InputError
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation.metrics import Scores
-from fleetcast.evaluation.naive import LAST_VALUE, LAST_WEEK, YESTERDAY, duration
+from fleetcast.evaluation.naive import duration, skill_rung
+from fleetcast.evaluation.page import Picture, lead_time, number, percent, template
 from fleetcast.schemas import describe, describe_total
 
 #: A smaller relative difference between two errors is called a tie: an independent rerun of a published model
@@ -56,8 +55,6 @@ class NightlyReport:
     """F metrics, in the order of the last axis of the scores."""
     ladder: Ladder
     """(rung, scores on the test part) of the model and every naive rung: same windows and mask."""
-    std: np.ndarray
-    """[F] standard deviation of the training part."""
     mase_scale: np.ndarray
     """[F] mean absolute seasonal difference of the training part."""
     summary: Sequence[tuple[str, Any]]
@@ -104,23 +101,9 @@ def render(report: NightlyReport) -> str:
             raise InputError(
                 f"report: {name} has no column {', '.join(missing)}; expected {', '.join(columns)}"
             )
-    table = ladder_table(report.ladder, report.metrics, report.std, report.mase_scale)
+    table = ladder_table(report.ladder, report.metrics, report.mase_scale)
     scores = dict(report.ladder).get(report.model)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fleetcast.evaluation", ""),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    filters: dict[str, Callable[..., Any]] = {
-        "number": number,
-        "percent": percent,
-        "moment": moment,
-        "unit": describe,
-    }
-    environment.filters |= filters
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         horizon=duration(report.horizon * report.step),
         step=duration(report.step),
@@ -138,9 +121,7 @@ def render(report: NightlyReport) -> str:
 # -- words and figures ---------------------------------------------------------------------------------------
 
 
-def ladder_table(
-    ladder: Ladder, metrics: Sequence[str], std: np.ndarray, mase_scale: np.ndarray
-) -> pl.DataFrame:
+def ladder_table(ladder: Ladder, metrics: Sequence[str], mase_scale: np.ndarray) -> pl.DataFrame:
     """One row per metric and rung, pooled over the horizon; null where a figure is not defined.
 
     Columns: `metric`, `rung`, `n`, then `mae` and `rmse` in the metric's units, and as plain ratios `wape`,
@@ -150,7 +131,7 @@ def ladder_table(
     figures = ["mae", "rmse", "wape", "r2", "mase", "scaled_mae", "coverage_50", "coverage_80", "coverage_90"]
     against = skill_rung([name for name, _ in ladder])
     rows: list[dict[str, Any]] = []
-    of_rung = {name: m.figures(scores, std, mase_scale) for name, scores in ladder}
+    of_rung = {name: m.figures(scores, mase_scale) for name, scores in ladder}
     for name, scores in ladder:
         if not np.array_equal(scores.n, ladder[0][1].n):
             raise InputError(f"ladder: {name} and {ladder[0][0]} did not count the same targets")
@@ -163,11 +144,6 @@ def ladder_table(
             rows.append(pooled | {figure: row[figure] for figure in figures} | {"skill": skill})
     types = {"metric": pl.String, "rung": pl.String, "n": pl.Int64}
     return pl.DataFrame(rows, schema=types | dict.fromkeys([*figures, "skill"], pl.Float64))
-
-
-def skill_rung(rungs: Sequence[str]) -> str | None:
-    """What skill is measured against: same time last week if there, else yesterday, else last value."""
-    return next((name for name in (LAST_WEEK, YESTERDAY, LAST_VALUE) if name in rungs), None)
 
 
 def verdict(table: pl.DataFrame, model: str) -> str:
@@ -192,31 +168,6 @@ def verdict(table: pl.DataFrame, model: str) -> str:
     return f"{model} {words} ({how})."
 
 
-def number(value: Any) -> str:
-    """Three significant digits, thousands separated; whole numbers in full; `–` where there is none."""
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return "–"
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return f"{value:,}"
-    if not isinstance(value, float):
-        return str(value)
-    if value == 0 or abs(value) >= 999.5:
-        return f"{value:,.0f}"
-    if abs(value) < 1e-4:
-        return f"{value:.2e}"
-    return f"{value:#.3g}".rstrip(".")
-
-
-def percent(value: float | None) -> str:
-    """`0.1234` → `12.3 %`."""
-    return "–" if value is None or not np.isfinite(value) else f"{value * 100:.1f} %"
-
-
-def moment(value: datetime) -> str:
-    """`2024-05-01 13:05`, in UTC."""
-    return value.strftime("%Y-%m-%d %H:%M")
-
-
 def text_table(rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> str:
     """Plain aligned columns for a terminal: a heading, a rule, one line per row; numbers to the right."""
     frame = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(rows, infer_schema_length=None)
@@ -230,16 +181,6 @@ def text_table(rows: pl.DataFrame | Sequence[Mapping[str, Any]]) -> str:
 
 
 # -- tables and plots of the page ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One plot of the page, its title and a description for those who cannot see it."""
-
-    title: str
-    image: str
-    """A data URI."""
-    alt: str
 
 
 def _top_peaks(report: NightlyReport) -> dict[str, pl.DataFrame]:
@@ -295,18 +236,12 @@ _BANDS = (("90 %", "q05", "q95"), ("50 %", "q25", "q75"))
 def _horizon_plot(report: NightlyReport, f: int) -> Picture:
     metric = report.metrics[f]
     figure, (axes,) = plots.subplots("MAE: " + describe(metric))
-    ahead = np.arange(1, report.horizon + 1) * report.step
-    size, unit = next(
-        pair for pair in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if ahead[-1] >= pair[0]
-    )
+    ahead = lead_time(axes, report.horizon, report.step)
     # The model in front of the rungs, in its own colour wherever it stands in the ladder.
     for name, scores in sorted(report.ladder, key=lambda rung: rung[0] != report.model):
         front = 3 if name == report.model else 2
         marker = "." if report.horizon <= 24 else ""
-        axes.plot(ahead / size, m.mae(scores)[:, f], label=name, zorder=front, marker=marker)
-    axes.set_xlabel(f"lead time, {unit}")
-    axes.set_xlim(0, ahead[-1] / size)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 3, 6, 10]))
+        axes.plot(ahead, m.mae(scores)[:, f], label=name, zorder=front, marker=marker)
     axes.set_ylim(bottom=0)
     plots.legend(figure, axes, columns=2)
     return Picture(metric, plots.data_uri(figure), f"{metric}: mean absolute error by lead time, every rung")

@@ -136,7 +136,7 @@ def write_report(store: Store, windows: str, stages: _Stages) -> str:
     page = f"reports/{folder.split('/')[1]}/index.html"
     with store.write(page) as file:
         file.write(render(report).encode())
-    ladder = ladder_table(report.ladder, report.metrics, report.std, report.mase_scale)
+    ladder = ladder_table(report.ladder, report.metrics, report.mase_scale)
     shown = ["metric", "rung", "mae", "rmse", "scaled_mae", "coverage_50", "coverage_80", "coverage_90"]
     tables = [
         pl.DataFrame(
@@ -183,7 +183,6 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
         step=data.step,
         metrics=data.metrics,
         ladder=[(rung, Scores.from_json(state)) for rung, state in scores.items()],
-        std=np.asarray(selected.scaler.std),
         mase_scale=np.asarray(selected.manifest["seasonal_error"]),
         summary=[
             ("rows read", sum(read["rows_read"].values())),

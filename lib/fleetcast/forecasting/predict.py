@@ -158,8 +158,8 @@ def _by_model(
         )
     except Exception as error:  # whatever a model does wrong, the fleet still gets a forecast
         log.exception("%s failed", selected.folder)
-        shape = (*batch.y.shape, len(QUANTILES))
-        nothing = Forecast(np.full(shape[:-1], np.nan), np.full(shape, np.nan))
+        point = np.full(batch.y.shape, np.nan)
+        nothing = Forecast(point, point, np.full((*point.shape, len(QUANTILES)), np.nan))
         return nothing, [f"the model failed: {type(error).__name__}: {error}"] * entities
     finite = np.isfinite(found.mean).all((0, 1, 3)) & np.isfinite(found.quantiles).all((0, 1, 3, 4))
     return found, [
@@ -182,7 +182,8 @@ def _bounds(metrics: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.f
 def _history(opened: OpenShard, data: Manifest, scaler: Scaler) -> NDArray[np.float64]:
     values, observed = opened.last_steps(3 * data.horizon)
     scaled = np.where(observed, values, np.nan).astype(np.float64)
-    return np.asarray(scaled * np.asarray(scaler.std) + np.asarray(scaler.mean))
+    centre, spread = scaler.of(opened.nodes)
+    return scaled * spread + centre
 
 
 def rows(found: GroupForecast, data: Manifest, model: str, naive: str) -> pa.Table:

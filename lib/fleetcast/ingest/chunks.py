@@ -7,20 +7,16 @@ from typing import Any
 
 import polars as pl
 
-from fleetcast import schemas
 from fleetcast.errors import InputError
 from fleetcast.ingest.files import Chunk, blocks
 from fleetcast.ingest.options import IngestOptions
-from fleetcast.ingest.products import PRODUCTS, partitions
 from fleetcast.store import Store
 from fleetcast.traces import TRACES
+from fleetcast.traces.parts import PartWriter
 from fleetcast.traces.raw import Binning, parse
 
 PARTS = "ingested/parts"
 RECEIPTS = "ingested/chunks"
-
-#: Partial rows that a task holds before it merges and writes them.
-_FLUSH_ROWS = 400_000
 
 
 def binning(options: IngestOptions) -> Binning:
@@ -40,7 +36,8 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
         return receipt | {"skipped": True}
     table = TRACES[options.trace].tables[chunk.file.table]
     clock = binning(options)
-    writer = _PartWriter(store, chunk, options.buckets)
+    source = (table.name, chunk.file.name, chunk.id)
+    writer = PartWriter(store, (PARTS, "rejected"), source, options.buckets)
     rows = 0
     reasons: Counter[str] = Counter()
     nulled: Counter[str] = Counter()
@@ -66,51 +63,3 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     }
     store.write_json(receipt_file, receipt)
     return receipt
-
-
-class _PartWriter:
-    """Collects partial rows, and writes them merged whenever there are too many to hold."""
-
-    def __init__(self, store: Store, chunk: Chunk, buckets: int) -> None:
-        self.store = store
-        self.chunk = chunk
-        self.buckets = buckets
-        self.pending: dict[str, list[pl.DataFrame]] = {}
-        self.held = 0
-        self.written: Counter[str] = Counter()
-
-    def add(self, product: str, frame: pl.DataFrame) -> None:
-        """Takes partial rows of a product."""
-        self.pending.setdefault(product, []).append(frame)
-        self.held += len(frame)
-        if self.held >= _FLUSH_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes everything held."""
-        for product, frames in self.pending.items():
-            merged = PRODUCTS[product].merge(pl.concat(frames))
-            for folder, rows in partitions(product, merged, self.buckets).items():
-                self._write(f"{PARTS}/{product}/{folder}", rows)
-        self.pending.clear()
-        self.held = 0
-
-    def reject(self, rejected: pl.DataFrame) -> None:
-        """Writes rows that could not be used."""
-        rows = rejected.select(
-            table=pl.lit(self.chunk.file.table),
-            file=pl.lit(self.chunk.file.name),
-            offset="offset",
-            reason="reason",
-            line="line",
-        )
-        folder = f"rejected/{self.chunk.file.table}"
-        name = f"{folder}/{self.chunk.id}-{self.written[folder]:03d}.parquet"
-        self.written[folder] += 1
-        self.store.write_table(name, rows.to_arrow().cast(schemas.REJECTED))
-
-    def _write(self, folder: str, rows: pl.DataFrame) -> None:
-        name = f"{folder}/{self.chunk.id}-{self.written[folder]:03d}.parquet"
-        self.written[folder] += 1
-        with self.store.write(name) as file:
-            rows.write_parquet(file, compression="lz4")

@@ -10,9 +10,9 @@ import polars as pl
 
 from fleetcast import schemas
 from fleetcast.graphs import batch_jobs, colocation, correlation, dependencies, sparsify
-from fleetcast.ingest.combine import read_parts
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
+from fleetcast.traces.parts import read_parts
 
 
 def combine_dependencies(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:

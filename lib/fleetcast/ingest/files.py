@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import logging
 import re
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any, cast
+from typing import IO, cast
 
 import fsspec
 
 from fleetcast.config import Options
 from fleetcast.errors import InputError
+from fleetcast.store import content_key
 
 log = logging.getLogger("fleetcast")
 
@@ -24,8 +24,6 @@ log = logging.getLogger("fleetcast")
 BLOCK_BYTES = 8 << 20
 #: A line longer than this is no line of a table.
 _LONGEST_LINE = 1 << 20
-#: A file is told from others by its size and these many bytes of its head and of its tail.
-_FINGERPRINT_BYTES = 1 << 20
 _FORMATS = (".csv", ".csv.gz", ".tar.gz", ".tgz")
 
 
@@ -79,7 +77,7 @@ def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
         size = int(fs.size(path))
         if size == 0:
             raise InputError(f"{path}: the file is empty, expected rows of {table}")
-        key = _fingerprint(fs, path, size)
+        key = content_key(fs, path, size)
         files.append(RawFile(uri=fs.unstrip_protocol(path), name=name, table=table, size=size, key=key))
     if not files:
         raise InputError(
@@ -95,15 +93,6 @@ def _table_of(path: str, tables: list[str]) -> str | None:
             if re.match(rf"{table}([^a-z]|$)", part):
                 return table
     return None
-
-
-def _fingerprint(fs: Any, path: str, size: int) -> str:
-    digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with fs.open(path, "rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(max(0, size - _FINGERPRINT_BYTES))
-        digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()
 
 
 def chunks(files: list[RawFile], chunk_bytes: int) -> list[Chunk]:

@@ -15,19 +15,18 @@ from typing import Any
 
 from fleetcast.errors import InputError
 from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk
-from fleetcast.ingest.combine import combine_entities, combine_telemetry
 from fleetcast.ingest.dependencies import combine_dependencies
 from fleetcast.ingest.files import Chunk, RawFile, chunks, discover
 from fleetcast.ingest.make import make
 from fleetcast.ingest.options import IngestOptions
-from fleetcast.ingest.products import TELEMETRY
 from fleetcast.runtime import spread
-from fleetcast.store import MANIFEST, Store, fingerprint
+from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces import TRACES
+from fleetcast.traces.parts import combine_entities, combine_telemetry
+from fleetcast.traces.products import TELEMETRY
 
 log = logging.getLogger("fleetcast")
 
-ACCEPTED = "ingested/manifest.json"
 _OUTPUTS = "ingested/outputs"
 #: Options that the whole store shares; the others may change from run to run.
 _SETTINGS = ("trace", "start", "step", "slice", "neighbours", "buckets")

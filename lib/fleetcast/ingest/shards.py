@@ -51,7 +51,8 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     draft = _draft(telemetry, options, units, digest)
     grid = Grid.of(draft, options.dependencies)
     receipts = _build(store, work, telemetry, options, draft, grid, units)
-    summary = summarise([receipt["statistics"] for receipt in receipts])
+    statistics = [receipt["statistics"] for receipt in receipts]
+    summary = summarise(statistics, [part.group for part in draft.shards], options.scale == "entity")
     finished = _finish(draft, summary, options)
     store.write_json(f"{work}/dataset/{MANIFEST}", finished.model_dump(mode="json"))
     store.publish(f"{work}/dataset", f"windows/{options.windows}")

@@ -11,12 +11,45 @@ from typing import Any
 from pydantic import ValidationError
 
 from fleetcast.errors import InputError
+from fleetcast.models.ast_gcn import AstGcnConfig
+from fleetcast.models.astgcn import AstgcnConfig
 from fleetcast.models.base import Model, ModelConfig
+from fleetcast.models.bert import BertConfig
+from fleetcast.models.boosting import LightgbmConfig
+from fleetcast.models.dgcrn import DgcrnConfig
+from fleetcast.models.dlinear import DlinearConfig
+from fleetcast.models.fusion import FusionConfig
 from fleetcast.models.geometry import Geometry
+from fleetcast.models.graph_wavenet import GraphWavenetConfig
+from fleetcast.models.informer import InformerConfig
+from fleetcast.models.itransformer import ItransformerConfig
+from fleetcast.models.lstm import BilstmConfig, LstmConfig
+from fleetcast.models.mlp import MlpConfig
+from fleetcast.models.patchtst import PatchtstConfig
+from fleetcast.models.ridge import RidgeConfig
 from fleetcast.models.stgnn import StgnnConfig
+from fleetcast.models.stid import StidConfig
+from fleetcast.models.transformer import TransformerConfig
 
 MODELS: dict[str, type[ModelConfig]] = {
+    "ast_gcn": AstGcnConfig,
+    "astgcn": AstgcnConfig,
+    "bert": BertConfig,
+    "bilstm": BilstmConfig,
+    "dgcrn": DgcrnConfig,
+    "dlinear": DlinearConfig,
+    "fusion": FusionConfig,
+    "graph_wavenet": GraphWavenetConfig,
+    "informer": InformerConfig,
+    "itransformer": ItransformerConfig,
+    "lightgbm": LightgbmConfig,
+    "lstm": LstmConfig,
+    "mlp": MlpConfig,
+    "patchtst": PatchtstConfig,
+    "ridge": RidgeConfig,
     "stgnn": StgnnConfig,
+    "stid": StidConfig,
+    "transformer": TransformerConfig,
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +13,9 @@ from fleetcast.config import Options
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.layers import NaiveBlend
 from fleetcast.windows.batch import Batch
+
+#: A part of a dataset: each call streams all of its batches once.
+Batches = Callable[[], Iterable[Batch]]
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,22 @@ class Model(nn.Module, ABC):
         """[B, H, N, F, 1 + Q]: the mean and the quantiles, before the naive forecast is added."""
 
 
+class Fitted(Model):
+    """A model without gradients: `fit` sets its buffers at once. Before that it forecasts zero, the mean."""
+
+    @abstractmethod
+    def fit(self, train: Batches, validation: Batches) -> None:
+        """Learns from all training batches, and chooses what is to be chosen on the validation batches.
+
+        Batches are looked at one by one, in any order and of any size, so memory is bounded.
+        """
+
+
 class ModelConfig(Options, ABC):
     """Options of one model."""
+
+    fitted: ClassVar[bool] = False
+    """Whether it builds a `Fitted` model."""
 
     residual: bool = True
     """Whether outputs are offsets from a learned blend of last value and seasonal values; the published

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -71,11 +71,15 @@ class Graph(nn.Module):
             return Edges(given.index[:, :0], given.weight[:0])
         if self.kind == "shuffled":
             nodes = batch.x.shape[2]
-            to = torch.randperm(nodes, generator=torch.Generator().manual_seed(_SHUFFLE)).to(
-                given.index.device
-            )
+            to = _shuffle(nodes).to(given.index.device)
             return Edges(given.index - given.index % nodes + to[given.index % nodes], given.weight)
         return given
+
+    def relabelled(self, series: Tensor) -> Tensor:
+        """[B, N, …] the series that the graph takes for each node's: its own; if shuffled, another's."""
+        if self.kind != "shuffled":
+            return series
+        return series[:, _shuffle(series.shape[1]).argsort().to(series.device)]
 
     def symmetric(self, batch: Batch) -> Adjacency:
         """As `Adjacency.symmetric`, of the kind asked for."""
@@ -105,16 +109,42 @@ class Graph(nn.Module):
         return torch.relu(self.sources(batch.nodes) @ self.targets(batch.nodes).T).softmax(1)
 
 
-def gather(adjacency: Tensor, h: Tensor) -> Tensor:
+def gather(adjacency: Tensor, h: Tensor, back: Tensor | None = None) -> Tensor:
     """What each node receives, one product for all channels: [M, …] → [M, …].
 
-    No message is ever stored per edge. A dense [N, N] adjacency is that of every window.
+    No message is ever stored per edge. A dense [N, N] adjacency is that of every window. `back` is a sparse
+    one `transposed`: with it the backward product is as fast as the forward one.
     """
     with torch.autocast(h.device.type, enabled=False):  # sparse products have no half precision
         if adjacency.layout == torch.strided:
             windows = h.float().unflatten(0, (-1, len(adjacency))).flatten(2)
-            return (adjacency @ windows).flatten(0, 1).view_as(h)
-        return (adjacency @ h.float().flatten(1)).view_as(h)
+            shared = adjacency.float().expand(len(windows), -1, -1)
+            return (shared @ windows).flatten(0, 1).view_as(h)
+        flat = h.float().flatten(1)
+        return (adjacency @ flat if back is None else _Product.apply(adjacency, back, flat)).view_as(h)
+
+
+def transposed(adjacency: Tensor) -> Tensor:
+    """Each node's sources and targets swapped, in the same layout."""
+    return adjacency.T if adjacency.layout == torch.strided else adjacency.t().to_sparse_csr()
+
+
+class _Product(torch.autograd.Function):
+    """A constant sparse matrix times h; torch's own backward would transpose the matrix anew each time."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, back: Tensor, h: Tensor) -> Tensor:
+        ctx.back = back
+        return matrix @ h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
+        return None, None, ctx.back @ grads[0]
+
+
+def _shuffle(nodes: int) -> Tensor:
+    """[nodes] the place that each node's edges go to in a shuffled graph."""
+    return torch.randperm(nodes, generator=torch.Generator().manual_seed(_SHUFFLE))
 
 
 def _symmetric(index: Tensor, weight: Tensor, nodes: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from fleetcast.windows.batch import Batch
 
 #: Logits move by about the learning rate a step: too little to come to a choice within a training run.
 _EAGER = 10.0
+#: Residual blocks of a direct head, as in STID.
+_BLOCKS = 3
 
 
 class NodeEmbedding(nn.Module):
@@ -51,6 +55,58 @@ class HorizonHead(nn.Module):
             values = torch.where(batch.seasonal_mask, batch.seasonal, 0)
             h = h + self.season(torch.cat([values, batch.seasonal_mask.to(values.dtype)], dim=-1).flatten(3))
         return self.last(self.dropout(torch.relu(h))).unflatten(-1, self.outputs)
+
+
+class ResidualBlock(nn.Module):
+    """h + W₂ dropout(ReLU(W₁ h))."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[…, width] → the same shape."""
+        return h + self.inner(h)
+
+
+class DirectHead(nn.Module):
+    """All horizon steps at once from a node's state and, past the encoder, from all that is known of it.
+
+    That is its look-back, the values one season before the horizon, who it is, and the clock: what carries
+    STID, with an encoder's state as one more input.
+    """
+
+    def __init__(self, geometry: Geometry, hidden: int, width: int, dropout: float, seasonal: bool) -> None:
+        super().__init__()
+        metrics = len(geometry.metrics)
+        self.seasonal = seasonal and bool(geometry.lags)
+        self.outputs = (geometry.horizon, metrics, 1 + len(geometry.quantiles))
+        self.node = NodeEmbedding(geometry, width // 4 or 1)
+        steps = geometry.history + (geometry.horizon * len(geometry.lags) if self.seasonal else 0)
+        inputs = hidden + 2 * metrics * steps + geometry.calendar + self.node.table.shape[1]
+        self.first = nn.Linear(inputs, width)
+        self.blocks = nn.Sequential(*(ResidualBlock(width, dropout) for _ in range(_BLOCKS)))
+        self.last = nn.Linear(width, math.prod(self.outputs))
+
+    def forward(self, state: Tensor, batch: Batch) -> Tensor:
+        """State [B, N, hidden] → [B, H, N, F, 1 + Q]."""
+        windows, _, nodes, _ = batch.x.shape
+        known = [
+            state,
+            batch.x.transpose(1, 2).flatten(2),
+            batch.mask.to(state.dtype).transpose(1, 2).flatten(2),
+        ]
+        if self.seasonal:
+            values = torch.where(batch.seasonal_mask, batch.seasonal, 0)
+            known += [
+                part.to(state.dtype).transpose(1, 2).flatten(2) for part in (values, batch.seasonal_mask)
+            ]
+        known.append(batch.time_y[:, :1].expand(-1, nodes, -1))
+        known.append(self.node(batch.nodes).expand(windows, -1, -1))
+        h = self.blocks(self.first(torch.cat(known, dim=-1)))
+        return self.last(h).unflatten(-1, self.outputs).transpose(1, 2)
 
 
 class NaiveBlend(nn.Module):

@@ -18,6 +18,8 @@ from fleetcast.store import Store
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
+#: How torch names what a module gives as its extra state: here uint8, as long as the fit made it.
+_EXTRA = "_extra_state"
 
 
 def save(
@@ -56,7 +58,10 @@ def load(store: Store, folder: str) -> Model:
     except SafetensorError as error:
         raise InputError(f"{store.uri}/{file}: not a whole safetensors file: {error}") from error
     _check(model.state_dict(), state, f"{store.uri}/{file}")
-    model.load_state_dict(state)
+    try:
+        model.load_state_dict(state)
+    except InputError as error:
+        raise InputError(f"{store.uri}/{file}: {error}") from error
     return model.eval()
 
 
@@ -83,13 +88,18 @@ def _build(store: Store, file: str) -> Model:
 
 
 def _check(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], file: str) -> None:
-    """Every tensor is there under its name with its shape and type, and no other."""
+    """Every tensor is there under its name with its shape and type, and no other.
+
+    The length of an extra state is not known before; its module checks what it says.
+    """
     for name in sorted(expected.keys() | given.keys()):
         if name not in given:
             raise InputError(f"{file}: tensor {name} is missing")
         if name not in expected:
             raise InputError(f"{file}: tensor {name} is not one of the model's")
         wanted, found = ((t.dtype, tuple(t.shape)) for t in (expected[name], given[name]))
+        if name.endswith(_EXTRA) and (wanted[0], len(wanted[1])) == (found[0], len(found[1])):
+            continue
         if wanted != found:
             raise InputError(
                 f"{file}: tensor {name} is {found[0]} {found[1]}, expected {wanted[0]} {wanted[1]}"

@@ -2,7 +2,7 @@
 
 The model of "graph convolution + GRU + time encoding for service performance forecasting": eq. 1 in both
 directions of the call graph, eq. 2 per node, eq. 3 for all horizon steps at once, with quantiles beside the
-mean. With `seasonal`, `residual` and `own` off it is the paper's plain form.
+mean. With `seasonal`, `residual`, `own` and `direct` off it is the paper's plain form.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from fleetcast.models.base import Model
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Adjacency, Graph, GraphConfig, gather
-from fleetcast.models.layers import HorizonHead
+from fleetcast.models.layers import DirectHead, HorizonHead
 from fleetcast.windows.batch import Batch
+
+#: The options that make it the paper's plain form.
+PLAIN = {"seasonal": False, "residual": False, "own": False, "direct": 0}
 
 
 class StgnnConfig(GraphConfig):
@@ -34,6 +37,9 @@ class StgnnConfig(GraphConfig):
     """Share of the features that training drops after each graph layer and in the head."""
     seasonal: bool = True
     """Whether the head sees the values one season (a day, a week) before each target step."""
+    direct: Annotated[int, Field(ge=0)] = 128
+    """Width of a residual MLP that reads the state and, past graph and GRU, the look-back, seasonal values and
+    node identity, and gives all horizon steps; 0: the head of eq. 3, which sees each target step's time."""
     own: bool = True
     """Whether a node's own features also reach the GRU unmixed with the neighbours'."""
 
@@ -55,7 +61,11 @@ class Stgnn(Model):
         self.time = nn.Linear(geometry.calendar, hidden)
         self.own = nn.Linear(inputs, hidden, bias=False) if config.own else None
         self.gru = nn.GRU(hidden, hidden, config.gru_layers, batch_first=True)
-        self.head = HorizonHead(geometry, hidden, config.dropout, config.seasonal)
+        self.head = (
+            DirectHead(geometry, hidden, config.direct, config.dropout, config.seasonal)
+            if config.direct
+            else HorizonHead(geometry, hidden, config.dropout, config.seasonal)
+        )
 
     def raw(self, batch: Batch) -> Tensor:
         """[B, H, N, F, 1 + Q]."""

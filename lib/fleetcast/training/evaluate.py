@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fleetcast.evaluation import backtest
+from fleetcast.evaluation import backtest, metrics
 from fleetcast.evaluation.backtest import Measured
-from fleetcast.evaluation.metrics import mae
 from fleetcast.models import saving
 from fleetcast.runtime import spread
 from fleetcast.schemas import QUANTILES
@@ -46,7 +45,7 @@ def evaluate(store: Store, manifest: Manifest, folder: str, name: str, work: str
     validation, peak_a = _measure(store, manifest, folder, name, work, "val", None)
     shifts = {rung: _residual_shifts(found) for rung, found in validation.items()}
     totals = {
-        rung: backtest.total_shifts(found.total_error, QUANTILES, manifest.entities)
+        rung: backtest.total_shifts(found.by_origin, QUANTILES, manifest.entities)
         for rung, found in validation.items()
     }
     test, peak_b = _measure(store, manifest, folder, name, work, "test", shifts)
@@ -92,6 +91,6 @@ def _measure(
     return total, max(receipt["peak_bytes"] for receipt in receipts)
 
 
-def scaled_mae(found: Measured, manifest: Manifest) -> float:
+def scaled_mae(found: Measured) -> float:
     """Mean over metrics of MAE ÷ training standard deviation, pooled over the horizon."""
-    return float(np.nanmean(mae(found.scores.pooled())[0] / np.asarray(manifest.scaler.std)))
+    return float(np.nanmean(metrics.scaled_mae(found.scores.pooled())))

@@ -10,25 +10,31 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fleetcast.models.base import Model, Output
-from fleetcast.training.options import TrainOptions
+from fleetcast.models.base import Fitted, Model, Output
+from fleetcast.training.options import FitOptions
 from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.loader import Shards
+from fleetcast.windows.manifest import Part
 
 log = logging.getLogger("fleetcast")
 
 
+#: Scaled targets have variance 1, so a loss beyond this has exploded.
+_EXPLODED = 1e4
+
+
 class DivergedError(RuntimeError):
-    """The loss is not a finite number."""
+    """The loss is not a finite number, or has exploded."""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Progress:
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def finished(self, options: TrainOptions) -> bool:
+    def finished(self, options: FitOptions) -> bool:
         """Whether the last epoch is over or the validation loss has stopped falling."""
         return self.epoch >= options.epochs or self.epoch - 1 - self.best_epoch >= options.patience
 
@@ -63,14 +69,26 @@ class Run:
     """The model, wrapped for DDP where there are several ranks."""
     optimizer: torch.optim.AdamW
     shards: Shards
-    options: TrainOptions
+    options: FitOptions
     levels: tuple[float, ...]
-    progress: Progress
-    best: dict[str, Tensor]
-    """Weights of the best epoch so far."""
     device: torch.device
+    progress: Progress = field(default_factory=Progress)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of the best epoch so far."""
     rank: int = 0
     world: int = 1
+
+    @classmethod
+    def start(cls, model: Model, shards: Shards, options: FitOptions, rank: int = 0, world: int = 1) -> Run:
+        """A run before its first epoch, on the device where the model is."""
+        # The parameters are on their device already: the optimizer's moments are restored to where they are.
+        parameters = {"params": list(model.parameters())}  # none of a model that is fitted at once
+        optimizer = torch.optim.AdamW(
+            [parameters], lr=options.learning_rate, weight_decay=options.weight_decay
+        )
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        levels = model.geometry.quantiles
+        return cls(model, optimizer, shards, options, levels, device, rank=rank, world=world)
 
     @property
     def model(self) -> Model:
@@ -81,9 +99,11 @@ class Run:
 def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
     """Runs all epochs that are left; `save` is called after each, on every rank, with its figures.
 
-    Raises DivergedError with epoch and step if the loss is not finite, or with the epoch if the validation's
-    is not.
+    Raises DivergedError with epoch and step if the loss is not finite or has exploded, or with the epoch if
+    the validation's has.
     """
+    if isinstance(run.model, Fitted) and run.progress.epoch == 0:
+        _fit(run, run.model, save)
     while not run.progress.finished(run.options):
         epoch = run.progress.epoch
         # An epoch's randomness comes from seed, epoch and rank alone, so a resumed run draws what an
@@ -92,8 +112,7 @@ def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
         started = time.monotonic()
         train_loss, windows = _train_epoch(run)
         val_loss = validate(run)
-        if not math.isfinite(val_loss):
-            raise DivergedError(f"epoch {epoch + 1}: the validation loss is {val_loss}")
+        _check(val_loss, f"epoch {epoch + 1}: the validation loss")
         seconds = time.monotonic() - started
         if val_loss < run.progress.best_loss:
             run.progress.best_loss, run.progress.best_epoch = val_loss, epoch
@@ -115,6 +134,24 @@ def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
         save(run, figures)
 
 
+def _fit(run: Run, model: Fitted, save: Callable[[Run, dict[str, float]], None]) -> None:
+    """The one epoch of a model that is fitted at once, by every rank alike."""
+    started = time.monotonic()
+
+    def batches(part: Part) -> Iterator[Batch]:
+        return run.shards.batches(order.evaluation(run.shards.manifest, part, run.options.batch_size))
+
+    model.fit(partial(batches, "train"), partial(batches, "val"))
+    val_loss = validate(run)
+    _check(val_loss, "the validation loss")
+    run.best = dict(model.state_dict())
+    figures = {"val_loss": val_loss, "seconds": time.monotonic() - started}
+    run.progress = Progress(run.options.epochs, val_loss, run.options.epochs - 1, [figures])
+    if run.rank == 0:
+        log.info("fitted in %.1f s: validation loss %.4f", figures["seconds"], val_loss)
+    save(run, figures)
+
+
 def _train_epoch(run: Run) -> tuple[float, int]:
     """Mean loss over the epoch's observed targets, and windows seen by all ranks."""
     o = run.options
@@ -133,8 +170,7 @@ def _train_epoch(run: Run) -> tuple[float, int]:
         global_count = _sum_over_ranks(run, count.double()[None])[0]
         # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
         mean = loss * (run.world / global_count.clamp(min=1)).to(loss.dtype)
-        if not torch.isfinite(mean):
-            raise DivergedError(f"epoch {epoch + 1}, step {step + 1}: the loss is {mean.item()}")
+        _check(mean.item(), f"epoch {epoch + 1}, step {step + 1}: the loss")
         run.optimizer.zero_grad(set_to_none=True)
         mean.backward()
         nn.utils.clip_grad_norm_(run.net.parameters(), o.clip_norm)
@@ -155,6 +191,11 @@ def _train_epoch(run: Run) -> tuple[float, int]:
             )
     loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()
     return loss_sum / max(seen, 1), windows
+
+
+def _check(loss: float, what: str) -> None:
+    if not loss < _EXPLODED:  # nor for nan
+        raise DivergedError(f"{what} is {loss:.6g}, expected less than {_EXPLODED:.0e} on scaled targets")
 
 
 @torch.no_grad()

@@ -15,13 +15,9 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-class TrainOptions(create_model("ModelOptions", __base__=Options, **_FIELDS)):  # type: ignore[misc]
-    """From a windows dataset to a model."""
+class FitOptions(Options):
+    """How a model is fitted; the same for every model."""
 
-    windows: str = "default"
-    """Name of the windows dataset."""
-    model: Literal[tuple(MODELS)] = "stgnn"  # type: ignore[valid-type]
-    """Which model to train."""
     epochs: int = Field(20, ge=1)
     """Most passes over the training part."""
     patience: int = Field(4, ge=1)
@@ -38,6 +34,15 @@ class TrainOptions(create_model("ModelOptions", __base__=Options, **_FIELDS)):  
     """Largest norm of the gradient."""
     seed: int = Field(0, ge=0)
     """Of initial weights and the order of windows."""
+
+
+class TrainOptions(create_model("ModelOptions", __base__=FitOptions, **_FIELDS)):  # type: ignore[misc]
+    """From a windows dataset to a model."""
+
+    windows: str = "default"
+    """Name of the windows dataset."""
+    model: Literal[tuple(MODELS)] = "stgnn"  # type: ignore[valid-type]
+    """Which model to train."""
     workers: int = Field(1, ge=1)
     """DDP workers. Part of what makes a run reproducible."""
     cpus_per_worker: float = Field(1, gt=0)

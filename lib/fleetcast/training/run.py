@@ -7,23 +7,20 @@ last checkpoint, and does nothing once the model is there.
 from __future__ import annotations
 
 import logging
-import platform
-import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fleetcast import __version__, models
+from fleetcast import models
 from fleetcast.evaluation import metrics as figures_of
 from fleetcast.models import saving
 from fleetcast.models.base import ModelConfig
 from fleetcast.models.geometry import Geometry
+from fleetcast.provenance import provenance
 from fleetcast.runtime import PeakMemory, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
@@ -59,7 +56,7 @@ def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
     work = f"_work/models/{digest}"
     saving.save(store, f"{work}/model", options.model, config, geometry, weights)
     evaluation = evaluate(store, manifest, f"{work}/model", options.model, f"{work}/evaluation")
-    summary = _summary(manifest, options, progress, evaluation)
+    summary = _summary(options, progress, evaluation)
     summary["peak_bytes"] = max(peak, evaluation.peak_bytes)
     _describe(store, f"{work}/model", manifest, options, evaluation, summary, progress)
     store.publish(f"{work}/model", folder)
@@ -122,24 +119,10 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
     config: ModelConfig = getattr(options, options.model)
     torch.manual_seed(options.seed)
     device = ray.train.torch.get_device()
-    # On its device before the optimizer is restored, whose moments follow the weights.
     net = models.build(options.model, config.model_dump(), geometry).to(device)
-    run = Run(
-        net=net,
-        optimizer=torch.optim.AdamW(
-            net.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
-        ),
-        shards=Shards(store, manifest),
-        options=options,
-        levels=geometry.quantiles,
-        progress=Progress(),
-        best={},
-        device=device,
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-    )
-    # On its device first: the optimizer's moments are restored to where the parameters are.
-    run.net = ray.train.torch.prepare_model(net)
+    run = Run.start(net, Shards(store, manifest), options, context.get_world_rank(), context.get_world_size())
+    if any(True for _ in net.parameters()):  # DDP refuses a model that has none
+        run.net = ray.train.torch.prepare_model(net)
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
@@ -158,11 +141,9 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
     return peak.bytes()
 
 
-def _summary(
-    manifest: Manifest, options: TrainOptions, progress: Progress, evaluation: Evaluation
-) -> dict[str, Any]:
+def _summary(options: TrainOptions, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
     """The figures that decide and that a run prints: errors as MAE ÷ training std, mean over metrics."""
-    test = {rung: scaled_mae(found, manifest) for rung, found in evaluation.test.items()}
+    test = {rung: scaled_mae(found) for rung, found in evaluation.test.items()}
     pooled = evaluation.test[options.model].scores.pooled()
     coverage = {
         f"{nominal:.0%}": round(float(np.nanmean(figures_of.coverage(pooled, nominal))), 4)
@@ -172,7 +153,7 @@ def _summary(
         "rung": options.model,
         "epochs": progress.epoch,
         "best_epoch": progress.best_epoch + 1,
-        "validation_error": {r: scaled_mae(f, manifest) for r, f in evaluation.validation.items()},
+        "validation_error": {r: scaled_mae(f) for r, f in evaluation.validation.items()},
         "test_error": test,
         "coverage": coverage,
     }
@@ -209,29 +190,9 @@ def _describe(
             "scaler": manifest.scaler.model_dump(mode="json"),
             "seasonal_error": list(manifest.seasonal_error),
             "options": options.model_dump(mode="json"),
-            "command": sys.argv,
-            "commit": _commit(),
-            "versions": {
-                "fleetcast": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "torch-geometric", "ray", "polars", "numpy")},
-            },
+            **provenance(),
         },
     )
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 def _select(store: Store, folder: str) -> str:

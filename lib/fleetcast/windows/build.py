@@ -204,28 +204,28 @@ def _shard_edges(grid: Grid, shard: Shard, found: pl.DataFrame | None) -> pa.Tab
 
 
 def _statistics(grid: Grid, shard: Shard, dense: NDArray[np.float32]) -> dict[str, Any]:
-    """Sums over the shard's own steps, which partition the dataset, of the training part and of all."""
+    """Sums [N, F] over the shard's own steps, which partition the dataset: of the training part, of all."""
     own = slice(shard.start - shard.first, min(shard.stop, grid.steps) - shard.first)
     values = dense[own].astype(np.float64)
     train = values[: max(0, grid.train - shard.start)]
     seen = np.isfinite(train)
-    count, total = seen.sum((0, 1)), np.where(seen, train, 0).sum((0, 1))
+    count, total = seen.sum(0), np.where(seen, train, 0).sum(0)
     deviation = np.where(seen, train - total / np.maximum(count, 1), 0)
     statistics = {
         "count": count,
         "sum": total,
-        "squares": (deviation**2).sum((0, 1)),
-        "observed": np.isfinite(values).sum((0, 1)),
-        "cells": np.full(len(grid.metrics), values.shape[0] * values.shape[1]),
-        "seasonal_sum": np.zeros(len(grid.metrics)),
-        "seasonal_count": np.zeros(len(grid.metrics)),
+        "squares": (deviation**2).sum(0),
+        "observed": np.isfinite(values).sum(0),
+        "cells": np.full(values.shape[1:], len(values)),
+        "seasonal_sum": np.zeros(values.shape[1:]),
+        "seasonal_count": np.zeros(values.shape[1:]),
     }
     if grid.lag is not None and len(train):
         at = np.arange(shard.start, shard.start + len(train)) - shard.first
         at = at[at >= grid.lag]
         change = np.abs(dense[at] - dense[at - grid.lag]).astype(np.float64)
-        statistics["seasonal_sum"] = np.nansum(change, (0, 1))
-        statistics["seasonal_count"] = np.isfinite(change).sum((0, 1))
+        statistics["seasonal_sum"] = np.nansum(change, 0)
+        statistics["seasonal_count"] = np.isfinite(change).sum(0)
     return {name: np.asarray(value, np.float64).tolist() for name, value in statistics.items()}
 
 
@@ -240,20 +240,54 @@ class Summary:
     """Positions of metrics without a single value in the training part."""
 
 
-def summarise(statistics: list[dict[str, list[float]]]) -> Summary:
-    """Sums over shards → scaler, unit of MASE, share of observed values. A constant metric has std 1."""
-    each = {name: np.array([s[name] for s in statistics]) for name in statistics[0]}
-    total = {name: values.sum(axis=0) for name, values in each.items()}
-    count = np.maximum(total["count"], 1)
-    mean = total["sum"] / count
+def summarise(
+    statistics: list[dict[str, list[list[float]]]], groups: list[int], by_entity: bool = False
+) -> Summary:
+    """Sums over shards, each of one of the `groups` → scaler, unit of MASE, share of observed values.
+
+    A constant metric has std 1; an entity whose metric is constant, or was never observed, has the metric's.
+    """
+    entities = {group: len(s["count"]) for group, s in zip(groups, statistics, strict=True)}
+    first = {group: sum(entities[g] for g in entities if g < group) for group in entities}
+    place = [slice(first[g], first[g] + entities[g]) for g in groups]
+    each: dict[str, NDArray[np.float64]] = {}
+    for name in statistics[0]:
+        each[name] = np.zeros((sum(entities.values()), len(statistics[0][name][0])))
+        for at, s in zip(place, statistics, strict=True):
+            each[name][at] += s[name]
+    mean = each["sum"] / np.maximum(each["count"], 1)
     # Squares are about the means of their shards: those of large values would drown the variance.
-    between = each["count"] * (each["sum"] / np.maximum(each["count"], 1) - mean) ** 2
-    std = np.sqrt((total["squares"] + between.sum(axis=0)) / count)
-    std = np.where(std > 1e-6 * np.abs(mean), std, 1)  # what float32 can tell from a constant
+    squares = each["squares"]
+    for at, s in zip(place, statistics, strict=True):
+        count = np.asarray(s["count"])
+        squares[at] += count * (np.asarray(s["sum"]) / np.maximum(count, 1) - mean[at]) ** 2
+
+    total = {name: values.sum(0) for name, values in each.items()}
+    count = np.maximum(total["count"], 1)
+    pooled_mean = total["sum"] / count
+    between = (each["count"] * (mean - pooled_mean) ** 2).sum(0)
+    pooled_std = _not_constant(np.sqrt((squares.sum(0) + between) / count), pooled_mean, np.ones(1))
+    scaler = Scaler(mean=tuple(pooled_mean), std=tuple(pooled_std))
+    if by_entity:
+        seen = each["count"] > 0
+        std = _not_constant(np.sqrt(squares / np.maximum(each["count"], 1)), mean, pooled_std)
+        scaler = scaler.model_copy(
+            update={
+                "entity_mean": tuple(map(tuple, np.where(seen, mean, pooled_mean).tolist())),
+                "entity_std": tuple(map(tuple, np.where(seen, std, pooled_std).tolist())),
+            }
+        )
     seasonal = total["seasonal_sum"] / np.maximum(total["seasonal_count"], 1)
     return Summary(
-        Scaler(mean=tuple(mean), std=tuple(std)),
+        scaler,
         tuple(np.where(total["seasonal_count"] > 0, seasonal, 0)),
         tuple(total["observed"] / np.maximum(total["cells"], 1)),
         tuple(int(i) for i in np.flatnonzero(total["count"] == 0)),
     )
+
+
+def _not_constant(
+    std: NDArray[np.float64], mean: NDArray[np.float64], otherwise: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """`std`, or `otherwise` where it is less than float32 can tell from a constant."""
+    return np.where(std > 1e-6 * np.abs(mean), std, otherwise)

@@ -26,14 +26,25 @@ FORMAT = 1
 
 
 class Scaler(Options):
-    """Mean and standard deviation of each metric over the observed values of the training part."""
+    """Mean and standard deviation over the observed values of the training part: of each metric, and, where
+    the dataset is scaled by entity, of each metric of each entity."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    entity_mean: tuple[tuple[float, ...], ...] = ()
+    """[entities][F], group after group; empty where all entities share the metric's."""
+    entity_std: tuple[tuple[float, ...], ...] = ()
 
-    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """[F] mean and [F] std."""
-        return np.array(self.mean, np.float32), np.array(self.std, np.float32)
+    def of(self, nodes: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """[N, F] mean and std of the entities at these positions; those at −1 get the metric's."""
+        mean, std = np.array(self.mean), np.array(self.std)
+        if not self.entity_mean:
+            return tuple(np.broadcast_to(part, (len(nodes), len(part))) for part in (mean, std))  # type: ignore[return-value]
+        known = (nodes >= 0)[:, None]
+        return (
+            np.where(known, np.array(self.entity_mean)[nodes], mean),
+            np.where(known, np.array(self.entity_std)[nodes], std),
+        )
 
 
 class Shard(Options):
@@ -182,6 +193,9 @@ class ShardOptions(Options):
     """Longest gap that is interpolated [s]; longer ones stay missing."""
     split: tuple[float, float, float] = (0.6, 0.2, 0.2)
     """Shares of training, validation and test, in the order of time."""
+    scale: Literal["metric", "entity"] = "metric"
+    """What shares a scale: all entities of a metric, or each entity has its own. The latter makes small
+    services count as much as large ones, in training and in scaled errors."""
     dependencies: tuple[str, ...] = ("call", "batch", "colocation", "correlation")
     """Kinds of dependencies that become edges."""
     group_size: int = Field(64, ge=1)

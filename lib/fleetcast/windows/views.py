@@ -37,7 +37,11 @@ class OpenShard:
         others."""
         self.manifest = manifest
         self.shard = shard
-        mean, std = (scaler or manifest.scaler).arrays()
+        places = {name: place for place, name in enumerate(manifest.names if known is None else known)}
+        nodes = np.array([places.get(name, -1) for name in manifest.groups[shard.group]])
+        self.nodes = nodes
+        """[N] int64 which entities they are, as in a batch."""
+        mean, std = (part.astype(np.float32) for part in (scaler or manifest.scaler).of(nodes))
         scaled = (read_values(store, manifest, shard) - mean) / std
         filled = interpolate(scaled, manifest.max_gap)
         self._observed = torch.from_numpy(np.isfinite(scaled))
@@ -53,8 +57,6 @@ class OpenShard:
             manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
         )
         self._edges = read_edges(store, manifest, shard)
-        places = {name: place for place, name in enumerate(manifest.names if known is None else known)}
-        self._nodes = torch.tensor([places.get(name, -1) for name in manifest.groups[shard.group]])
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +85,7 @@ class OpenShard:
             seasonal=torch.stack([values for values, _ in lagged], -1) if lagged else none,
             seasonal_mask=torch.stack([mask for _, mask in lagged], -1) if lagged else none > 0,
             edges=self._graphs(origins),
-            nodes=self._nodes,
+            nodes=torch.from_numpy(self.nodes),
             y=y,
             y_mask=y_mask,
             origins=torch.from_numpy(origins),

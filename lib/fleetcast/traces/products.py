@@ -1,8 +1,8 @@
-"""Partial products: what one chunk of raw rows contributes to the canonical tables, and how parts merge.
+"""Partial products: what some raw rows contribute to the canonical tables, and how parts merge.
 
-A chunk's task aggregates as far as it can before anything leaves it (10 s → 5 min is 30 × fewer rows) and
-writes the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of parts, or
-all at once, give the same sums.
+Whoever reads rows aggregates them as far as it can before it lets go of them (10 s → 5 min is 30 × fewer
+rows), and writes the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of
+parts, or all at once, give the same sums.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ def _merge_instances(parts: pl.DataFrame) -> pl.DataFrame:
     return parts.group_by("job_name", "task_name", "machine", "slice").agg(pl.col("instances").sum())
 
 
+def _merge_calls(parts: pl.DataFrame) -> pl.DataFrame:
+    return parts.group_by("time", "source", "target").agg(pl.col("weight").sum())
+
+
 def _distinct(parts: pl.DataFrame) -> pl.DataFrame:
     return parts.unique().sort(parts.columns)
 
@@ -52,6 +56,7 @@ PRODUCTS: dict[str, Product] = {
     "hosted": Product(_distinct, None, None),
     "tasks": Product(_distinct, "slice", "job_name"),
     "instances": Product(_merge_instances, "slice", "job_name"),
+    "calls": Product(_merge_calls, "time", "source"),
 }
 #: The products that are telemetry, by the kind of their entities.
 TELEMETRY = ("machine", "container")

@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 import pytest
-from fleetcast.ingest.products import PRODUCTS, last_known, partitions, telemetry
 from fleetcast.traces.alibaba_2018 import METRICS, TABLES
+from fleetcast.traces.products import PRODUCTS, last_known, partitions, telemetry
 from fleetcast.traces.raw import Binning, parse
 
 CLOCK = Binning(start=int(datetime(2018, 1, 1, tzinfo=UTC).timestamp()), step=300, slice=3600)

@@ -1,0 +1,80 @@
+"""Which trials a backtest is made of: rungs × seeds for each data set; and the papers' experiments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from fleetcast.backtesting.options import BacktestOptions
+from fleetcast.config import Options
+from fleetcast.evaluation.papers import FUSION, STGNN, PaperTable
+from fleetcast.models import MODELS, configure
+from fleetcast.models.fusion import PLAIN as PLAIN_FUSION
+from fleetcast.models.stgnn import PLAIN as PLAIN_STGNN
+from fleetcast.store import fingerprint
+from fleetcast.training.options import FitOptions
+
+PAPERS: dict[str, PaperTable] = {"fusion": FUSION, "stgnn": STGNN}
+#: Rungs beside those of the paper's own table.
+_BESIDE = {"fusion": (), "stgnn": ("ast_gcn",)}
+_PLAIN: dict[str, dict[str, Any]] = {"fusion": PLAIN_FUSION, "stgnn": PLAIN_STGNN}
+
+#: The trial of all naive rungs together: they have nothing to learn.
+NAIVE = "naive"
+
+
+class Rung(Options):
+    """One line of the ladder: a model with its options."""
+
+    name: str
+    model: str
+    """In the registry, or NAIVE."""
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def once(self) -> bool:
+        """Whether seeds make no difference and there is nothing to search."""
+        return self.model == NAIVE or MODELS[self.model].fitted
+
+
+class Trial(Options):
+    """One rung, seed and data set: all that its figures depend on, with the data's fingerprint."""
+
+    data: str
+    data_fingerprint: str
+    rung: Rung
+    fit: FitOptions
+
+    @property
+    def folder(self) -> str:
+        """Where its results lie, within the backtests."""
+        name = self.rung.name.replace(" ", "-").replace(",", "")
+        digest = fingerprint(self.model_dump(mode="json"))
+        return f"trials/{self.data}/{name}/seed-{self.fit.seed}-{digest}"
+
+
+def rungs(options: BacktestOptions) -> list[Rung]:
+    """The ladder: the naive rungs, every model, and graph models on other graphs than the true one."""
+    if options.paper is not None:
+        table = PAPERS[options.paper]
+        names = (*table.rungs.values(), *_BESIDE[options.paper])
+        found = [_rung(name, options.options.get(name, {}) | plain(name)) for name in names]
+    else:
+        found = [_rung(name, options.options.get(name, {})) for name in options.models]
+        found += [
+            _rung(name, options.options.get(name, {}) | {"graph": graph}, f"{name}, {graph} graph")
+            for name in options.lift
+            for graph in ("identity", "shuffled", "learned")
+        ]
+    return [Rung(name="naive", model=NAIVE), *found]
+
+
+def plain(name: str) -> dict[str, Any]:
+    """The options that make a model the published one."""
+    return _PLAIN.get(name, {"residual": False})
+
+
+def _rung(name: str, options: dict[str, Any], title: str | None = None) -> Rung:
+    configure(name, options)  # a wrong option is found before anything runs
+    return Rung(name=title or name, model=name, options=options)

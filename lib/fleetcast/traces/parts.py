@@ -1,0 +1,115 @@
+"""Parts in the store: partial products as they are written, and put together to the canonical tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import polars as pl
+
+from fleetcast import schemas
+from fleetcast.store import Store
+from fleetcast.traces.products import PRODUCTS, last_known, partitions, telemetry
+
+#: Partial rows that a writer holds before it merges and writes them.
+FLUSH_ROWS = 400_000
+
+
+class PartWriter:
+    """Collects partial rows of one input, and writes them merged whenever there are too many to hold."""
+
+    def __init__(
+        self,
+        store: Store,
+        folders: tuple[str, str],
+        source: tuple[str, str, str],
+        buckets: int = 1,
+        flush_rows: int = FLUSH_ROWS,
+    ) -> None:
+        """`folders` are those of parts and of rejected rows; `source` is the table, the file, and what is
+        unique about the input: the prefix of the names of all that is written."""
+        self.store = store
+        self.parts, self.rejected = folders
+        self.table, self.file, self.id = source
+        self.buckets = buckets
+        self.flush_rows = flush_rows
+        self.pending: dict[str, list[pl.DataFrame]] = {}
+        self.held = 0
+        self.written: Counter[str] = Counter()
+
+    def add(self, product: str, frame: pl.DataFrame) -> None:
+        """Takes partial rows of a product."""
+        self.pending.setdefault(product, []).append(frame)
+        self.held += len(frame)
+        if self.held >= self.flush_rows:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes everything held."""
+        for product, frames in self.pending.items():
+            merged = PRODUCTS[product].merge(pl.concat(frames))
+            for folder, rows in partitions(product, merged, self.buckets).items():
+                with self.store.write(self._name(f"{self.parts}/{product}/{folder}")) as file:
+                    rows.write_parquet(file, compression="lz4")
+        self.pending.clear()
+        self.held = 0
+
+    def reject(self, rejected: pl.DataFrame) -> None:
+        """Writes rows that could not be used: `offset`, `reason`, `line`."""
+        rows = rejected.select(
+            table=pl.lit(self.table),
+            file=pl.lit(self.file),
+            offset="offset",
+            reason="reason",
+            line="line",
+        )
+        name = self._name(f"{self.rejected}/{self.table}")
+        self.store.write_table(name, rows.to_arrow().cast(schemas.REJECTED))
+
+    def _name(self, folder: str) -> str:
+        name = f"{folder}/{self.id}-{self.written[folder]:03d}.parquet"
+        self.written[folder] += 1
+        return name
+
+
+def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | None:
+    """The merged rows of some parts, or None if there are none. Parts come in the order of their names, so
+    sums of floats are the same whichever task wrote its part first."""
+    frames = []
+    for part in sorted(parts):
+        with store.fs.open(store.path(part), "rb") as file:
+            frames.append(pl.read_parquet(file))
+    return PRODUCTS[product].merge(pl.concat(frames)) if frames else None
+
+
+def combine_telemetry(
+    store: Store, kind: str, parts: list[str], target: str, metrics: Mapping[str, float]
+) -> dict[str, Any]:
+    """Parts of one day and bucket → one telemetry file."""
+    bins = read_parts(store, kind, parts)
+    assert bins is not None, "a target is only planned where there are parts"
+    rows = telemetry(bins, metrics)
+    store.write_table(target, rows.to_arrow().cast(schemas.telemetry(list(metrics))))
+    return {
+        "rows": len(rows),
+        "first": int(rows["time"].min().timestamp()),  # type: ignore[union-attr]
+        "last": int(rows["time"].max().timestamp()),  # type: ignore[union-attr]
+        "entities": rows["entity"].n_unique(),
+    }
+
+
+def combine_entities(store: Store, parts: list[str], target: str) -> dict[str, Any]:
+    """Parts → everything known of every entity, by kind and name; services are entities too."""
+    descriptions = read_parts(store, "entities", parts)
+    assert descriptions is not None, "a target is only planned where there are parts"
+    merged = last_known(descriptions)
+    services = (
+        merged.drop_nulls("service")
+        .group_by(entity="service")
+        .agg(pl.lit("service").alias("kind"), pl.col("measured").any())
+    )
+    everything = pl.concat([merged, services], how="diagonal").sort("kind", "entity")
+    everything = everything.with_columns(pl.col("measured").fill_null(False))
+    store.write_table(target, everything.select(schemas.ENTITIES.names).to_arrow().cast(schemas.ENTITIES))
+    return {"rows": len(everything)}
