@@ -240,7 +240,7 @@ def tasks(
     gpus: float = 0,
     most: int | None = None,
 ) -> list[Any]:
-    """Runs `work` on every item, each as a Ray task with a share of the CPUs and GPUs, at most `most` at once.
+    """Runs `work` on every item, each as a Ray task with a share of CPUs and GPUs, at most `most` at once.
 
     For long pieces of work of any kind, where `spread` is for many small ones. Returns what each gave, in the
     order of the items, or `Failed`: an item that fails does not stop the others. Progress is logged.

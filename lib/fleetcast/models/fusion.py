@@ -28,7 +28,7 @@ from torch_geometric.utils import coalesce
 from fleetcast.models.base import Model
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Graph, GraphConfig
-from fleetcast.models.layers import HorizonHead, NodeEmbedding
+from fleetcast.models.layers import DirectHead, NodeEmbedding
 from fleetcast.windows.batch import Batch, Edges
 
 #: Most correlations in memory at once: rows of the N · N matrix are ranked block by block.
@@ -41,8 +41,9 @@ _CONSTANT = 1e-4
 
 #: The options that make it the paper's plain form.
 PLAIN: dict[str, Any] = {
-    **dict.fromkeys(("residual", "sequence", "known", "seasonal", "own", "norm", "level"), False),
+    **dict.fromkeys(("residual", "sequence", "seasonal", "own", "norm", "level"), False),
     "identity": 0,
+    "direct": 0,
 }
 
 
@@ -73,11 +74,11 @@ class FusionConfig(GraphConfig):
     sequence: bool = True
     """Whether the GRU also reads the spatial features of every step; else only those of the last step count,
     through eq. 5."""
-    known: bool = True
-    """Whether the head also sees what is known of each target step: time and place in the horizon; else it is
-    linear, eq. 6."""
+    direct: Annotated[int, Field(ge=0)] = 128
+    """Width of a residual MLP that reads the blend and, past it, look-back, seasonal values and node identity;
+    0: the linear head of eq. 6."""
     seasonal: bool = True
-    """Whether it then sees the values one season (a day, a week) before each target step as well."""
+    """Whether the residual MLP sees the values one season (a day, a week) before each target step as well."""
     own: bool = True
     """Whether a graph layer adds a node's own features, unmixed with the neighbours'."""
     norm: bool = True
@@ -114,8 +115,8 @@ class Fusion(Model):
         self.gru = nn.GRU(inputs + hidden if config.sequence else inputs, hidden)
         self.balance = nn.Parameter(torch.zeros(()))
         self.head = (
-            HorizonHead(geometry, hidden, config.dropout, config.seasonal)
-            if config.known
+            DirectHead(geometry, hidden, config.direct, config.dropout, config.seasonal)
+            if config.direct
             else LinearHead(geometry, hidden)
         )
         # The last to draw its weights: those of the others do not depend on whether there is a graph.

@@ -38,7 +38,7 @@ class StgnnConfig(GraphConfig):
     seasonal: bool = True
     """Whether the head sees the values one season (a day, a week) before each target step."""
     direct: Annotated[int, Field(ge=0)] = 128
-    """Width of a residual MLP that reads the state and, past graph and GRU, the look-back, seasonal values and
+    """Width of a residual MLP that reads the state and, past graph and GRU, look-back, seasonal values and
     node identity, and gives all horizon steps; 0: the head of eq. 3, which sees each target step's time."""
     own: bool = True
     """Whether a node's own features also reach the GRU unmixed with the neighbours'."""
