@@ -140,9 +140,12 @@ def worker_logs() -> Iterator[Any]:
         queue.shutdown()
 
 
-def log_to(queue: Any) -> None:
-    """Sends the log of this worker process to the driver's."""
-    log.handlers = [logging.handlers.QueueHandler(queue)]
+def log_to(queue: Any, name: str = "") -> None:
+    """Sends the log of this worker process to the driver's, each line with the name of what it works on."""
+    handler = logging.handlers.QueueHandler(queue)
+    if name:
+        handler.setFormatter(logging.Formatter(f"{name.replace('%', '%%')}: %(message)s"))
+    log.handlers = [handler]
     log.propagate = False
     log.setLevel("INFO")
 
@@ -249,7 +252,7 @@ def tasks(
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)
     def task(item: Any, queue: Any) -> Any:
-        log_to(queue)
+        log_to(queue, name(item))
         return work(item)
 
     found: list[Any] = [None] * len(items)

@@ -21,7 +21,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "bilstm": {"hidden": 8},
     "dgcrn": {"hidden": 8, "rank": 4},
     "dlinear": {},
-    "fusion": {"hidden": 8, "identity": 4},
+    "fusion": {"hidden": 8, "identity": 4, "dropout": 0},
     "graph_wavenet": {"hidden": 8, "skip": 8, "end": 8, "dropout": 0, "norm": "layer"},
     "informer": {"hidden": 8, "dropout": 0},
     "itransformer": {"hidden": 8, "heads": 2, "feedforward": 8, "dropout": 0},
@@ -30,7 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 8, "dropout": 0},
     "patchtst": {"hidden": 8, "heads": 2, "feedforward": 8, "dropout": 0, "norm": "layer"},
     "ridge": {},
-    "stgnn": {"hidden": 8, "direct": 8},
+    "stgnn": {"hidden": 8, "direct": 8, "dropout": 0},
     "stid": {"embedding": 4, "dropout": 0},
     "transformer": {"hidden": 8, "dropout": 0},
 }

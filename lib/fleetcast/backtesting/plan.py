@@ -76,5 +76,5 @@ def plain(name: str) -> dict[str, Any]:
 
 
 def _rung(name: str, options: dict[str, Any], title: str | None = None) -> Rung:
-    configure(name, options)  # a wrong option is found before anything runs
-    return Rung(name=title or name, model=name, options=options)
+    """With every option, so that a trial is another one when a default changes. Raises InputError."""
+    return Rung(name=title or name, model=name, options=configure(name, options).model_dump(mode="json"))

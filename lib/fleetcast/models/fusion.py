@@ -69,7 +69,7 @@ class FusionConfig(GraphConfig):
     """Share of a window's candidate edges that each step drops: the weakest by the mean over heads."""
     identity: Annotated[int, Field(ge=0)] = 16
     """Width of a learned vector for each entity among its inputs; 0: none."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the features that training drops after each graph layer and in the head."""
     sequence: bool = True
     """Whether the GRU also reads the spatial features of every step; else only those of the last step count,

@@ -33,7 +33,7 @@ class StgnnConfig(GraphConfig):
     """Graph convolution layers, hence how many edges far information travels within one step."""
     gru_layers: Annotated[int, Field(ge=1)] = 1
     """Stacked GRU layers."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the features that training drops after each graph layer and in the head."""
     seasonal: bool = True
     """Whether the head sees the values one season (a day, a week) before each target step."""
