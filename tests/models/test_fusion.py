@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 def model(geometry: Geometry = GEOMETRY, **options) -> Fusion:
     torch.manual_seed(0)
-    return build("fusion", {"hidden": 8, "identity": 4, **options}, geometry)
+    return build("fusion", {"hidden": 8, "identity": 4, "dropout": 0, **options}, geometry)
 
 
 def relevance(candidates: Candidates) -> dict[tuple[int, int], float]:
