@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: help demo test test-slow test-all check format bench clean
+.PHONY: help demo test test-slow test-all check format bench bench-models clean
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "fleetcast needs Python 3.11 to 3.13")'
@@ -38,8 +38,11 @@ format: $(VENV)/.dev  ## formats the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## ingest, loader and model against their alternatives
+bench: $(VENV)/.dev  ## ingest and loader against their alternatives, steps of our models, peak memory
 	$(BIN)/python benchmarks/run.py
+
+bench-models: $(VENV)/.dev  ## time and memory of a training step of every model
+	$(BIN)/python -m benchmarks.models
 
 clean:  ## removes what the targets made
 	rm -rf $(VENV) out

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                     as `make bench` runs them: ingest of 1 GB, minutes
     python benchmarks/run.py --gb 0.1            a quick look
-    python benchmarks/run.py --parts loader --parts model
+    python benchmarks/run.py --parts loader --parts models
 
 Each part is a process of its own, so that no part sees the memory or the threads of another, and may be run
 alone from the repository's root: `python -m benchmarks.ingest --help`.
@@ -20,7 +20,9 @@ from fleetcast.config import BaseJobConfig, parse
 from fleetcast.errors import InputError
 from pydantic import Field
 
-Part = Literal["ingest", "loader", "model", "memory"]
+Part = Literal["ingest", "loader", "models", "memory"]
+#: A quick part of `make bench-models`.
+_MODELS = ("--models=stgnn", "--models=fusion", "--sizes=20", "--sizes=207")
 
 
 class Config(BaseJobConfig):
@@ -30,9 +32,9 @@ class Config(BaseJobConfig):
     """How much is logged to standard error: DEBUG, INFO, WARNING or ERROR."""
     num_cpus: int = Field(2, ge=1)
     """CPUs of the Ray that is started here, and threads of the job's rivals."""
-    parts: tuple[Part, ...] = ("ingest", "loader", "model", "memory")
+    parts: tuple[Part, ...] = ("ingest", "loader", "models", "memory")
     """What is measured: ingest against DuckDB and Polars, the loader against materialised windows, steps of
-    the model, peak memory over the trace's length."""
+    our own models, peak memory over the trace's length."""
     gb: float = Field(1.0, gt=0)
     """Raw csv that ingest reads [GB]."""
     repetitions: int = Field(3, ge=1)
@@ -48,6 +50,7 @@ def main(config: Config) -> int:
             f"--log-level={config.log_level}",
             f"--num-cpus={config.num_cpus}",
             *([f"--gb={config.gb}"] if part == "ingest" else []),
+            *([f"--threads={config.num_cpus}", *_MODELS] if part == "models" else []),
         ]
         started = time.monotonic()
         done = subprocess.run(

@@ -6,16 +6,17 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from fleetcast import runtime
+from fleetcast import provenance, runtime
 from fleetcast.config import BaseJobConfig
 from fleetcast.errors import InputError
-from fleetcast.runtime import PeakMemory, run_job, spread
+from fleetcast.runtime import Failed, PeakMemory, run_job, spread, tasks
 
 INGEST = Path(__file__).parents[1] / "jobs" / "ingest.py"
 
@@ -135,9 +136,84 @@ def test_every_item_is_tried_and_what_went_wrong_is_told_together(ray_cluster, t
     assert len(list(tmp_path.iterdir())) == 14
 
 
+def test_tasks_come_back_in_order_and_what_fails_says_why_and_stops_no_other(ray_cluster, tmp_path):
+    def work(item: int) -> int:
+        with (tmp_path / str(item)).open("a") as runs:
+            runs.write("x")
+        if item == 1:
+            raise InputError("item 1 is empty")
+        if item == 2 or (item == 3 and (tmp_path / "3").read_text() == "x"):
+            os._exit(1)
+        return item * item
+
+    found = tasks(list(range(5)), work, "squares", str)
+    assert found[1] == Failed("InputError: item 1 is empty")
+    assert isinstance(found[2], Failed)
+    assert found[2].reason.startswith("WorkerCrashedError: ")
+    assert [found[0], *found[3:]] == [0, 9, 16]
+    runs = [(tmp_path / str(item)).read_text() for item in range(5)]
+    assert runs == ["x", "x", "xx", "xx", "x"], "what was killed is tried once more, what failed is not"
+    assert tasks([], work, "nothing", str) == []
+
+
+def test_tasks_share_a_cpu_by_fractions(ray_cluster, tmp_path):
+    def work(item: int) -> bool:
+        (tmp_path / str(item)).touch()
+        until = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < until:
+            time.sleep(0.02)
+        return time.monotonic() < until
+
+    assert tasks([0, 1, 2], work, "waits", str, cpus=0.5) == [True] * 3, "three at once on two CPUs"
+
+
+def test_no_more_tasks_run_at_once_than_are_wanted(ray_cluster, tmp_path):
+    def work(item: int) -> int:
+        (tmp_path / str(item)).touch()
+        seen = []
+        for _ in range(5):
+            seen.append(len(list(tmp_path.iterdir())))
+            time.sleep(0.02)
+        (tmp_path / str(item)).unlink()
+        return max(seen)
+
+    assert tasks(list(range(4)), work, "waits", str, cpus=0.5, most=1) == [1, 1, 1, 1]
+
+
+def test_tasks_that_no_node_can_run_are_not_waited_for_in_silence(ray_cluster, monkeypatch, caplog):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    with caplog.at_level("WARNING", "fleetcast"):
+        tasks([0], lambda item: item, "trial", str, cpus=2)
+    assert "trial: no node has 2 CPUs and 0 GPUs; waiting for one that has" in caplog.text
+
+
 def test_a_job_uses_the_ray_that_it_finds_and_leaves_it_running(ray_cluster):
     import ray
 
     with runtime.ray_session(num_cpus=64):
         assert ray.cluster_resources()["CPU"] == 2
     assert ray.is_initialized()
+
+
+def test_a_result_says_which_code_made_it(monkeypatch, tmp_path):
+    found = provenance.provenance()
+    assert found["command"] == sys.argv
+    assert {"fleetcast", "python", "torch", "ray"} <= found["versions"].keys()
+
+    def git(*arguments: str) -> None:
+        name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *name, *arguments], check=True, capture_output=True)
+
+    code = tmp_path / "provenance.py"
+    code.write_text("as committed")
+    (tmp_path / "installed.py").write_text("in a folder of somebody's checkout")
+    git("init")
+    git("add", "provenance.py")
+    git("commit", "-m", "code")
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    commit = provenance.provenance()["commit"]
+    assert len(commit) == 40
+    code.write_text("changed")
+    assert provenance.provenance()["commit"] == f"{commit}-dirty"
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed.py"))
+    assert provenance.provenance()["commit"] is None

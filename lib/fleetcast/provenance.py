@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "torch-geometric", "ray", "polars", "numpy")
 
 
 def provenance() -> dict[str, Any]:
-    """`command`, `commit` (None outside a checkout) and `versions`."""
+    """`command`, `commit` (None outside a checkout; `…-dirty` of changed files) and `versions`."""
     return {
         "command": sys.argv,
         "commit": _commit(),
@@ -28,14 +28,17 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, if it runs from a checkout."""
+    """The commit of the code that runs, if it runs from a checkout; with `-dirty` if it was changed since."""
+    if _git("ls-files", "--error-unmatch", __file__) is None:  # installed into what may be another's checkout
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says, or None if it refuses or is not there."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -246,11 +246,18 @@ def tasks(
     """Runs `work` on every item, each as a Ray task with a share of CPUs and GPUs, at most `most` at once.
 
     For long pieces of work of any kind, where `spread` is for many small ones. Returns what each gave, in the
-    order of the items, or `Failed`: an item that fails does not stop the others. Progress is logged.
+    order of the items, or `Failed`: an item that fails does not stop the others. One whose process is killed
+    is tried once more. Progress is logged.
     """
     import ray
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=1)
+    if not items:
+        return []
+    if not any(_has(node, cpus, gpus) for node in ray.nodes()):
+        log.warning("%s: no node has %g CPUs and %g GPUs; waiting for one that has", what, cpus, gpus)
+
+    # Tried again here: Ray would retry for ever what it kills for memory.
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def task(item: Any, queue: Any) -> Any:
         log_to(queue, name(item))
         return work(item)
@@ -258,6 +265,7 @@ def tasks(
     found: list[Any] = [None] * len(items)
     waiting = list(enumerate(items))
     running: dict[Any, int] = {}
+    killed: set[int] = set()
     with worker_logs() as queue:
         while waiting or running:
             while waiting and (most is None or len(running) < most):
@@ -272,8 +280,19 @@ def tasks(
                 found[index] = Failed(f"{type(error.cause).__name__}: {error.cause}")
                 remark = found[index].reason
             except ray.exceptions.RayError as error:  # its process was killed, for memory perhaps
-                found[index] = Failed(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                if index not in killed:
+                    killed.add(index)
+                    waiting.append((index, items[index]))
+                    log.warning("%s: %s: its process was killed, it is tried again", what, name(items[index]))
+                    continue
+                first, *_ = str(error).splitlines() or [""]
+                found[index] = Failed(f"{type(error).__name__}: {first}")
                 remark = found[index].reason
             left = len(waiting) + len(running)
             log.info("%s %d/%d: %s: %s", what, len(items) - left, len(items), name(items[index]), remark)
     return found
+
+
+def _has(node: dict[str, Any], cpus: float, gpus: float) -> bool:
+    resources = node["Resources"]
+    return bool(node["Alive"]) and resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -114,6 +114,8 @@ def test_the_errors_of_the_naive_rungs_are_those_of_the_raw_telemetry(made, ladd
 
 def same(one: Measured, other: Measured) -> None:
     """Counts are equal, sums but for the rounding of their order."""
+    states = {field.name for field in fields(Measured)}
+    assert states == {"scores", "residuals", "by_origin", "peaks", "entities"}, "each is compared below"
     ours, theirs = one.scores.to_json(), other.scores.to_json()
     for name in ours:
         exact = name in ("levels", "floor", "n", "centre", "ape_n", "below", "inside")
@@ -124,6 +126,8 @@ def same(one: Measured, other: Measured) -> None:
         np.testing.assert_array_equal(one.residuals.largest, other.residuals.largest)
     for name, array in one.peaks.arrays().items():
         np.testing.assert_allclose(array, other.peaks.arrays()[name], rtol=1e-12, err_msg=name)
+    np.testing.assert_array_equal(one.entities.n, other.entities.n)
+    np.testing.assert_allclose(one.entities.scaled_error, other.entities.scaled_error, rtol=1e-12)
     assert one.by_origin.keys() == other.by_origin.keys()
     for origin, error in one.by_origin.items():
         np.testing.assert_allclose(error, other.by_origin[origin], atol=1e-9)
@@ -182,12 +186,26 @@ def test_what_was_saved_is_loaded_exactly(made, ladder, part):
             np.testing.assert_array_equal(again.by_origin[origin], error)
         for key, array in found.peaks.arrays().items():
             np.testing.assert_array_equal(again.peaks.arrays()[key], array)
+        np.testing.assert_array_equal(again.entities.n, found.entities.n)
+        np.testing.assert_array_equal(again.entities.scaled_error, found.entities.scaled_error)
         if part == "test":
             assert again.residuals is None
         else:
             assert (again.residuals.levels, again.residuals.horizon) == (QUANTILES, HORIZON)
             np.testing.assert_array_equal(again.residuals.counts, found.residuals.counts)
             np.testing.assert_array_equal(again.residuals.largest, found.residuals.largest)
+
+
+def test_files_of_earlier_versions_have_no_entities_and_leave_a_total_without(made, ladder):
+    _, data = made
+    now = measure(made, ladder, order.evaluation(data, "test", 64))
+    file = io.BytesIO()
+    backtest.save({name: replace(found, entities=None) for name, found in now.items()}, file)
+    file.seek(0)
+    for name, before in backtest.load(file, QUANTILES, HORIZON).items():
+        assert before.entities is None
+        assert (before + now[name]).entities is None and (now[name] + before).entities is None
+        assert before.scores.to_json() == now[name].scores.to_json()
 
 
 # -- what counts, and in which units -----------------------------------------------------------------------
@@ -239,7 +257,7 @@ def test_the_median_of_a_rung_with_quantiles_is_its_calibrated_half(made, ladder
     np.testing.assert_array_equal(without.median, without.mean)
 
 
-def test_scores_and_sums_per_origin_count_the_errors_of_the_median(made, ladder):
+def test_scores_and_sums_per_origin_and_entity_count_the_errors_of_the_median(made, ladder):
     _, data = made
     found = measure(made, {"skewed": skewed}, order.evaluation(data, "val", 16))["skewed"]
     batches = list(Shards(*made).batches(order.evaluation(data, "val", 64)))
@@ -252,6 +270,7 @@ def test_scores_and_sums_per_origin_count_the_errors_of_the_median(made, ladder)
     np.testing.assert_allclose(found.scores.abs_error, expected)
     np.testing.assert_allclose(found.scores.scaled_error, expected / spread)
     np.testing.assert_allclose(sum(found.by_origin.values())[ABSOLUTE], expected / spread)
+    np.testing.assert_allclose(found.entities.scaled_error.sum(0), (expected / spread).sum(0))
 
 
 def test_intervals_calibrated_on_exchangeable_data_cover_what_they_promise(dataset):
@@ -271,6 +290,30 @@ def test_intervals_calibrated_on_exchangeable_data_cover_what_they_promise(datas
         for nominal in (0.5, 0.8, 0.9):
             assert coverage(found.scores.pooled(), nominal)[0, 0] == pytest.approx(nominal, abs=0.03), name
     assert coverage(raw["skewed"].scores.pooled(), 0.9)[0, 0] < 0.1, "before it was calibrated"
+
+
+@pytest.mark.parametrize("scale", ["metric", "entity"])
+def test_the_errors_of_each_entity_are_those_of_the_raw_telemetry_in_its_own_scale(dataset, values, scale):
+    values = values * np.float32([[[1], [5], [20]]])
+    store, data = dataset(
+        values, groups=GROUPS, width=120, history=HISTORY, horizon=HORIZON, lags=(DAY,), scale=scale
+    )
+    naive_rung = {LAST_VALUE: backtest.rungs(data, None, "")[LAST_VALUE]}
+    batches = list(Shards(store, data).batches(order.evaluation(data, "test", 16)))
+    found = backtest.measure(batches, naive_rung, data.scaler, QUANTILES, HORIZON, None)[LAST_VALUE].entities
+    std = np.asarray(data.scaler.entity_std if scale == "entity" else [data.scaler.std] * 3)
+    mean = np.asarray(data.scaler.entity_mean if scale == "entity" else [data.scaler.mean] * 3)
+    for n, f in np.ndindex(3, 2):
+        of_one = values[:, [n], :]
+        errors = [
+            np.abs(of_one[o : o + HORIZON, 0, f] - naive(of_one, o, LAST_VALUE, list(mean[n]))[:, 0, f])
+            for o in range(data.boundaries[1], STEPS - HORIZON + 1)
+        ]
+        assert found.scaled_mae()[n, f] == pytest.approx(np.nanmean(errors) / std[n, f], rel=1e-5)
+
+    strangers = [replace(batch, nodes=torch.full_like(batch.nodes, -1)) for batch in batches]
+    unknown = backtest.measure(strangers, naive_rung, data.scaler, QUANTILES, HORIZON, None)[LAST_VALUE]
+    assert not unknown.entities.n.any() and unknown.scores.n.sum() > 0
 
 
 # -- peaks -------------------------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
+from fleetcast import plots
 from fleetcast.errors import InputError
+from fleetcast.evaluation import ladder_plots
 from fleetcast.evaluation.backtest import Measured
-from fleetcast.evaluation.ladder import Cost, DataSet, Rung, Standing
+from fleetcast.evaluation.ladder import Cost, DataSet, GraphLift, Rung, Standing
 from fleetcast.evaluation.ladder_report import (
-    GraphLift,
     LadderReport,
     PaperRun,
     Stopped,
@@ -18,7 +20,7 @@ from fleetcast.evaluation.ladder_report import (
     render_markdown,
     verdict,
 )
-from fleetcast.evaluation.metrics import Scores, per_origin
+from fleetcast.evaluation.metrics import PerEntity, Scores, per_origin
 from fleetcast.evaluation.papers import FUSION, STGNN
 from fleetcast.evaluation.peaks import Peaks
 from fleetcast.schemas import QUANTILES
@@ -57,6 +59,7 @@ def measured(spread, seed=0, metrics=1, origins=ORIGINS):
         None,
         dict(enumerate(sums)),
         Peaks.of(*given, QUANTILES, np.full((N, metrics), 0.55)),
+        PerEntity.of(y, seen, quantiles[..., MEDIAN], np.arange(N), 0.15),
     )
 
 
@@ -95,6 +98,20 @@ MODELS = [
 ]
 
 
+def lift(model, data="machines", **spreads):
+    """A graph model by its errors on each graph."""
+    tried = [rung(f"{model}, {graph}", "graph", spread) for graph, spread in spreads.items()]
+    return GraphLift(
+        model, Standing.of(data_set(tried, data)), {graph: f"{model}, {graph}" for graph in spreads}
+    )
+
+
+LIFTS = [
+    lift("stgnn", true=0.04, identity=0.05, shuffled=0.0501, learned=0.045),
+    lift("fusion", true=0.05, identity=0.0501, shuffled=0.04),
+]
+
+
 def report(**changes):
     two = [rung("last value", "naive", 0.12, 1, metrics=2), rung("fusion", "graph", 0.06, metrics=2)]
     made = LadderReport(
@@ -102,15 +119,7 @@ def report(**changes):
         data=[data_set(NAIVE + MODELS), data_set(two, "services <of A>", ("cpu", "memory"))],
         search="Thirty trials of each model, chosen on the validation part.",
         stopped=[Stopped("informer", "machines", "out of <memory> | killed")],
-        graph_lift=[
-            GraphLift("stgnn", "machines", kind, errors)
-            for kind, errors in {
-                "true": (0.19, 0.21),
-                "identity": (0.25, 0.25),
-                "shuffled": (0.3, 0.3),
-                "learned": (0.24, 0.26),
-            }.items()
-        ],
+        graph_lift=LIFTS,
         papers=[PaperRun(FUSION, "services <of A>"), PaperRun(STGNN, "machines")],
     )
     return dataclasses.replace(made, **changes)
@@ -188,32 +197,50 @@ def test_names_cannot_write_html_or_break_a_table(page, markdown):
 def test_the_ladder_is_sorted_by_skill_with_ranks_and_ties(markdown):
     found = rows(markdown, "**machines: scaled MAE")
     assert next(iter(found)) == "stgnn" and list(found)[-1] == "last value"
-    assert found["stgnn"]["Rank"] == "1" and found["stgnn"]["Above the best"] == "–"
+    assert found["stgnn"]["Rank"] == "1" and found["stgnn"]["Against the best, %"] == "–"
     assert {found[name]["Rank"] for name in ("ridge", "lstm")} == {"2 (2–3)", "3 (2–3)"}
-    assert found["ridge"]["Cannot be told apart from"] == "lstm"
-    assert found["lstm"]["Cannot be told apart from"] == "ridge"
     assert found["same time last week"]["Skill"] == "0.0 %"
     assert float(found["stgnn"]["Skill"].split()[0]) == pytest.approx(100 * (1 - 0.03 / 0.08), abs=2)
     assert "±" in found["lstm"]["Scaled MAE"] and "±" not in found["ridge"]["Scaled MAE"], "one seed"
-    low, high = (float(x.split()[0]) for x in found["lstm"]["95 % interval"].split(" to "))
-    assert low < float(found["lstm"]["Above the best"].split()[0]) < high
+
+
+def interval(cell):
+    """(difference, low, high) of `better: -6.0 (-7.3 to -4.9)`."""
+    difference, low, _, high = cell.split(": ")[-1].replace("(", "").replace(")", "").split()
+    return float(difference), float(low), float(high)
+
+
+def test_every_rung_is_held_against_the_best_and_against_ridge(markdown):
+    found = rows(markdown, "**machines: scaled MAE")
+    standing = Standing.of(data_set(NAIVE + MODELS))
+    for against, other in (("Against the best, %", "stgnn"), ("Against ridge, %", "ridge")):
+        assert found[other][against] == "–"
+        for name in found.keys() - {other}:
+            expected = 100 * np.array(standing.resampled.compare(name, other).relative)
+            assert interval(found[name][against]) == pytest.approx(expected, abs=0.5), (name, other)
+    assert found["stgnn"]["Against ridge, %"].startswith("-")
+    assert found["last value"]["Against ridge, %"].startswith("+")
+    assert "Against ridge, %" not in rows(markdown, "**services &lt;of A&gt;: scaled MAE")["fusion"]
 
 
 def test_figures_are_those_of_the_scores(markdown):
-    found = rows(markdown, "**machines, cpu: every figure")["ridge"]
+    found = rows(markdown, "**machines, cpu (CPU")["ridge"]
     scores = MODELS[0].scores
     assert float(found["MAE"]) == pytest.approx((scores.abs_error.sum() / scores.n.sum()), rel=0.01)
     assert float(found["Scaled MAE"]) == pytest.approx(float(found["MAE"]) / 0.15, rel=0.01)
     assert float(found["90 %"].split()[0]) == pytest.approx(90, abs=3)
+    assert float(found["of the median entity"]) == pytest.approx(
+        float(MODELS[0].seeds[0].entities.median()[0]), abs=1e-3
+    )
     needed = {"RMSE", "WAPE", "MASE", "R²", "Pinball", "WIS", "Inside 50 %", "80 %"}
     assert needed <= set(found) and "–" not in found.values()
 
 
 def test_several_metrics_have_a_column_each_and_their_mean_decides(markdown):
     found = rows(markdown, "**services &lt;of A&gt;: scaled MAE")["fusion"]
-    of_metrics = [float(found[metric].split()[0]) for metric in ("cpu", "memory")]
+    of_metrics = [float(found[metric]) for metric in ("cpu", "memory")]
     assert float(found["Scaled MAE"].split()[0]) == pytest.approx(np.mean(of_metrics), abs=2e-3)
-    assert "**services &lt;of A&gt;, memory: every figure" in markdown
+    assert "**services &lt;of A&gt;, memory (memory in use, fraction of capacity)" in markdown
 
 
 def test_all_data_sets_stand_side_by_side(markdown):
@@ -237,13 +264,60 @@ def test_high_load_and_provisioning_are_those_of_the_states(markdown):
 def test_costs_are_listed_and_unknown_ones_are_a_dash(markdown):
     found = rows(markdown, "### machines: cost")
     assert found["lstm"]["Parameters"] == "12,345" and found["lstm"]["ms per forecast"] == "7.89"
+    assert (found["lstm"]["Epochs"], found["lstm"]["Seeds"], found["ridge"]["Seeds"]) == ("14", "3", "1")
     assert found["last value"]["Seconds to fit"] == "–"
 
 
-def test_the_graph_is_held_against_no_graph(markdown):
-    found = rows(markdown, "## What the graph is worth")["stgnn"]
-    assert found["true"] == "0.200 ± 0.014" and found["true against identity"] == "-20.0 %"
-    assert found["shuffled against identity"] == "20.0 %"
+def test_each_graph_is_held_against_none_and_against_a_shuffled_one(markdown):
+    found = rows(markdown, "## What the graph is worth")
+    assert list(found)[:4] == ["stgnn, true", "stgnn, identity", "stgnn, shuffled", "stgnn, learned"]
+    for one in LIFTS:
+        standing = one.standing
+        for graph in one.rungs:
+            row = found[f"{one.model}, {graph}"]
+            assert float(row["Scaled MAE"].split()[0]) == pytest.approx(np.mean(one.errors[graph]), abs=1e-3)
+            for other in ("identity", "shuffled"):
+                cell = row[f"Against {other}, %"]
+                if graph == other:
+                    assert cell == "–"
+                    continue
+                gap = standing.resampled.compare(one.rungs[graph], one.rungs[other])
+                assert cell.split(": ")[0] == gap.verdict
+                assert interval(cell) == pytest.approx(100 * np.array(gap.relative), abs=0.051)
+    assert found["stgnn, true"]["Against identity, %"].startswith("better: -")
+    assert found["stgnn, shuffled"]["Against identity, %"].startswith("tie: ")
+    assert found["fusion, true"]["Against shuffled, %"].startswith("worse: +")
+
+
+def test_words_say_whether_the_true_graph_pays(markdown):
+    words = next(line for line in markdown.splitlines() if line.startswith("machines: the true graph of"))
+    of_stgnn, of_fusion = words.rstrip(".").split("; ")
+    assert of_stgnn.startswith("machines: the true graph of stgnn clearly pays against identity, -")
+    assert ", and clearly pays against shuffled, -" in of_stgnn
+    assert of_fusion.startswith("the true graph of fusion ties against identity, ")
+    assert ", and costs against shuffled, +" in of_fusion and of_fusion.count("% (interval ") == 2
+
+
+def test_the_plot_of_the_graphs_has_an_interval_for_each(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "data_uri", lambda figure: figures.append(figure) or "data:,")
+    ladder_plots.lift("machines", LIFTS)
+    drawn = {bars.get_label(): bars.lines for bars in figures[0].axes[0].containers}
+    assert list(drawn) == ["true", "shuffled", "learned"]
+    for graph, (points, _, (intervals,)) in drawn.items():
+        gaps = [one.against("identity")[graph] for one in LIFTS if graph in one.rungs]
+        found = [
+            [x, *ends[:, 0]] for x, ends in zip(points.get_xdata(), intervals.get_segments(), strict=True)
+        ]
+        np.testing.assert_allclose(found, [100 * np.array(gap.relative) for gap in gaps])
+
+
+def test_a_model_without_the_identity_graph_is_listed_and_not_drawn():
+    alone = report(data=[], papers=[], graph_lift=[lift("fusion", true=0.05, learned=0.04)])
+    text = render_markdown(alone)
+    assert "the true graph of fusion was held against no other." in text
+    assert rows(text, "## What the graph is worth")["fusion, true"]["Against identity, %"] == "–"
+    assert "what the graph changes" not in Page(render_html(alone)).text
 
 
 def test_the_papers_figures_stand_beside_ours_on_named_data(markdown):
@@ -263,7 +337,6 @@ def test_skill_without_a_week_before_is_against_yesterday():
     text = render_markdown(report(data=[given], papers=[]))
     found = rows(text, "**machines: scaled MAE")
     assert found["same time yesterday"]["Skill"] == "0.0 %"
-    assert "below that of same time yesterday" in verdict(Standing.of(given))
 
 
 def test_a_rung_that_stopped_everywhere_is_named_and_ranks_nowhere():
@@ -290,13 +363,57 @@ def test_a_report_without_anything_says_so():
 @pytest.mark.parametrize(
     ("rungs", "words"),
     [
-        (NAIVE + MODELS[:2], "It cannot be told apart from lstm."),
-        (NAIVE + MODELS, "below that of same time last week. All others are worse beyond chance."),
-        (NAIVE[2:], "machines: same time last week is best. No other forecast was scored."),
+        (
+            NAIVE + MODELS,
+            "stgnn is best. It beats ridge by # and beats the best naive forecast (same time last "
+            "week) by #. All others are worse beyond chance. The best graph model (stgnn) beats the "
+            "best sequence model (lstm) by #.",
+        ),
+        (
+            NAIVE + MODELS[:2],
+            "ridge is best. It beats the best naive forecast (same time last week) by #. It cannot be"
+            " told apart from lstm.",
+        ),
+        (
+            [MODELS[0], rung("stgnn", "graph", 0.0502), rung("dlinear", "sequence", 0.0488)],
+            "dlinear is best. It ties with ridge at #. It cannot be told apart from ridge, stgnn. The"
+            " best graph model (stgnn) ties with the best sequence model (dlinear) at #.",
+        ),
+        (
+            [MODELS[1], rung("stgnn", "graph", 0.08)],
+            "lstm is best. All others are worse beyond chance. The best graph model (stgnn) loses to "
+            "the best sequence model (lstm) by #.",
+        ),
+        (
+            [NAIVE[2], rung("ridge", "statistical", 0.1, seeds=1)],
+            "same time last week, a naive forecast, is best. It beats ridge by #. All others are "
+            "worse beyond chance.",
+        ),
+        (NAIVE[2:], "same time last week, a naive forecast, is best. No other forecast was scored."),
     ],
 )
-def test_the_verdict_is_in_words(rungs, words):
-    assert verdict(Standing.of(data_set(rungs))).endswith(words)
+def test_the_verdict_names_the_best_its_worth_and_what_ties(rungs, words):
+    found = verdict(Standing.of(data_set(rungs)))
+    assert re.sub(r"\S+ % \(interval \S+ to [^)]+\)", "#", found) == f"machines: {words}"
+
+
+def test_a_gain_is_positive_in_words_and_its_interval_rises():
+    found = verdict(Standing.of(data_set(NAIVE + MODELS)))
+    for gain, low, high in re.findall(r"by (\S+) % \(interval (\S+) to (\S+)\)", found):
+        assert 0 < float(low) < float(gain) < float(high) < 100
+
+
+def test_one_window_leaves_intervals_unknown():
+    rungs = [rung(name, "naive", spread, 1, origins=1) for name, spread in (("a", 0.1), ("b", 0.2))]
+    cell = rows(render_markdown(report(data=[data_set(rungs)])), "**machines: scaled MAE")["b"]
+    assert cell["Against the best, %"].endswith(" (– to –)")
+
+
+def test_entities_of_earlier_versions_are_unknown():
+    seeds = {0: dataclasses.replace(NAIVE[0].seeds[0], entities=None)}
+    text = render_markdown(report(data=[data_set([dataclasses.replace(NAIVE[0], seeds=seeds)])]))
+    found = rows(text, "**machines, cpu (CPU")["last value"]
+    assert found["of the median entity"] == "–" and found["Scaled MAE"] != "–"
 
 
 def test_without_thresholds_the_report_says_so():

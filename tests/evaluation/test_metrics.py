@@ -226,16 +226,40 @@ def test_a_forecast_that_is_not_a_number_is_an_error_and_not_a_drop(windows):
         score((y, mask, mean, quantiles))
 
 
-def test_medians_of_entities_stand_beside_the_pooled_error(windows):
+def test_the_median_entity_stands_beside_the_pooled_error(windows):
     y, mask, mean, _ = windows
     mask = mask.copy()
     mask[:, :, 4] = False
-    whole = PerEntity.of(y, mask, mean)
-    halves = PerEntity.of(y[:20], mask[:20], mean[:20]) + PerEntity.of(y[20:], mask[20:], mean[20:])
-    np.testing.assert_allclose(halves.mae(), whole.mae(), rtol=1e-12)
-    error = np.where(mask, np.abs(y.astype(float) - mean), np.nan)
-    np.testing.assert_allclose(whole.median_mae(), np.median(np.nanmean(error[:, :, :4], (0, 1)), 0))
-    assert np.isnan(whole.mae()[4]).all()
-    groups = PerEntity.stack([whole, PerEntity.from_json(whole.to_json())])
-    assert groups.n.shape == (2 * N, F)
-    np.testing.assert_array_equal(groups.median_mae(), whole.median_mae())
+    whole = PerEntity.of(y, mask, mean, np.arange(N), STD)
+    error = np.where(mask, np.abs(y.astype(float) - mean) / STD, np.nan)
+    by_entity = np.nanmean(error[:, :, :4], (0, 1))
+    np.testing.assert_allclose(whole.scaled_mae()[:4], by_entity)
+    np.testing.assert_allclose(whole.median(), np.median(by_entity, axis=0), err_msg="of those observed")
+    assert np.isnan(whole.scaled_mae()[4]).all()
+    pooled = Scores.of(y, mask, mean, None, (), FLOOR, scale=STD)
+    np.testing.assert_allclose(whole.scaled_error.sum(0), pooled.scaled_error.sum(0))
+    assert np.isnan(PerEntity.zeros(0, F).median()).all()
+
+
+def test_groups_of_entities_add_up_by_position_and_unknown_ones_do_not_count(windows):
+    y, mask, mean, _ = windows
+    whole = PerEntity.of(y, mask, mean, np.arange(N), STD)
+    own = np.arange(1.0, N + 1)[:, None] * STD
+
+    def part(windows, nodes):
+        given = (array[windows][:, :, nodes] for array in (y, mask, mean))
+        return PerEntity.of(*given, nodes, STD)
+
+    first, second = slice(0, 20), slice(20, None)
+    parts = [part(where, nodes) for where in (first, second) for nodes in ([3, 1], [0, 4, 2])]
+    for order in (parts, parts[::-1]):
+        total = sum(order, PerEntity.zeros(0, F))
+        np.testing.assert_array_equal(total.n, whole.n)
+        np.testing.assert_allclose(total.scaled_error, whole.scaled_error, rtol=1e-12)
+
+    strangers = PerEntity.of(y, mask, mean, [-1, 2, -1, -1, 0], own)
+    assert strangers.n.tolist() == [whole.n[4].tolist(), [0, 0], whole.n[1].tolist()]
+    np.testing.assert_allclose(strangers.scaled_error[[0, 2]], whole.scaled_error[[4, 1]] / [[5], [2]])
+    assert PerEntity.of(y, mask, mean, [-1] * N).n.shape == (0, F)
+    with pytest.raises(InputError, match="median"):
+        PerEntity.of(y, mask, mean[:, :, :2], np.arange(N))

@@ -33,7 +33,7 @@ def scores(spread, horizon=24, metrics=2, seed=0):
     spread = spread * np.linspace(0.6, 1.2, horizon)[:, None, None]
     mean = y - spread * np.random.default_rng(7).normal(size=y.shape)
     quantiles = mean[..., None] + spread[..., None] * Z
-    return Scores.of(y, rng.random(y.shape) > 0.05, mean, quantiles, QUANTILES, [0.02] * metrics)
+    return Scores.of(y, rng.random(y.shape) > 0.05, mean, quantiles, QUANTILES, [0.02] * metrics, scale=0.15)
 
 
 def loads(entity, start, steps, step, seed):
@@ -220,7 +220,7 @@ def test_a_missing_column_is_named():
         ),
         (
             0.09,
-            "no better than the best naive forecast, same time yesterday: its error is 0.0641 against",
+            "no better than the best naive forecast, same time yesterday: its error is 0.428 against",
         ),
     ],
 )

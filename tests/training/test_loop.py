@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fleetcast import models
 from fleetcast.models.base import Output
+from fleetcast.models.geometry import Geometry
+from fleetcast.store import Store
 from fleetcast.training import checkpoints, loop
 from fleetcast.training.loop import DivergedError, Run, loss_sum, train, validate
+from fleetcast.training.options import FitOptions
 from fleetcast.windows.batch import Batch, Edges
+from fleetcast.windows.loader import Shards
+from fleetcast.windows.manifest import Manifest
 from fleetcast.windows.views import OpenShard
 
 
@@ -136,15 +142,15 @@ def test_training_stops_after_patience_epochs_without_a_better_validation_loss(s
 # -- divergence --------------------------------------------------------------------------------------------
 
 
-def spoil(run: Run, call: int, training: bool) -> None:
-    """Makes the output of the model's `call`-th training or validation batch NaN."""
+def spoil(run: Run, call: int, training: bool, factor: float = math.nan) -> None:
+    """Multiplies the mean of the model's `call`-th training or validation batch."""
     calls = 0
 
     def hook(net: torch.nn.Module, _: tuple, output: Output) -> Output:
         nonlocal calls
         calls += net.training == training
         wrong = net.training == training and calls == call
-        return Output(output.mean * torch.nan, output.quantiles) if wrong else output
+        return Output(output.mean * factor, output.quantiles) if wrong else output
 
     run.net.register_forward_hook(hook)
 
@@ -161,6 +167,44 @@ def test_a_validation_loss_that_is_not_a_number_is_an_error_with_its_epoch(small
     run = new_run(*small, steps_per_epoch=1)
     spoil(run, call=1, training=False)
     with pytest.raises(DivergedError, match=r"^epoch 1: the validation loss is nan, expected"):
+        train(run, ignore)
+
+
+def test_a_loss_that_explodes_is_an_error_though_it_is_a_number(small, new_run):
+    run = new_run(*small, steps_per_epoch=5)
+    spoil(run, call=2, training=True, factor=1e6)
+    with pytest.raises(DivergedError, match=r"^epoch 1, step 2: the loss is \d\.\d*e\+\d+, expected"):
+        train(run, ignore)
+
+
+# -- models that are fitted at once ------------------------------------------------------------------------
+
+
+def ridge(store: Store, m: Manifest, **options) -> Run:
+    model = models.build("ridge", {}, Geometry.of(m, (0.1, 0.9)))
+    return Run.start(model, Shards(store, m), FitOptions(**options))
+
+
+def test_a_fitted_model_has_one_epoch_over_all_windows_whatever_the_options(small):
+    saved = []
+    run = ridge(*small, epochs=7, steps_per_epoch=1, learning_rate=1e9)
+    train(run, lambda run, figures: saved.append(figures))
+    assert len(saved) == len(run.progress.history) == run.progress.epoch == 1
+    assert run.progress.best_epoch == 0
+    assert run.progress.best_loss == saved[0]["val_loss"] == pytest.approx(validate(run))
+    other = ridge(*small, batch_size=3)
+    train(other, ignore)
+    torch.testing.assert_close(run.best, other.best)
+
+    train(run, lambda run, figures: saved.append(figures))
+    assert len(saved) == 1, "a finished run has nothing left to do"
+
+
+def test_a_fit_whose_validation_loss_is_not_a_number_is_an_error(small):
+    run = ridge(*small)
+    spoil(run, call=1, training=False)
+    run.model.eval()
+    with pytest.raises(DivergedError, match=r"^the validation loss is nan, expected less than"):
         train(run, ignore)
 
 

@@ -88,5 +88,5 @@ def test_another_scaler_replaces_the_datasets_own(shards_of_nine):
     plan = order.evaluation(m, "test", 4)[:1]
     [own] = Shards(store, m).batches(plan)
     [raw] = Shards(store, m, Scaler(mean=(0, 0), std=(1, 1))).batches(plan)
-    mean, std = m.scaler.arrays()
+    mean, std = np.array(m.scaler.mean), np.array(m.scaler.std)
     assert np.allclose((raw.x.numpy() - mean) / std, own.x.numpy(), atol=1e-6)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from fleetcast.backtesting.options import BacktestOptions, SourceOptions
+from fleetcast.errors import InputError
 from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
 from fleetcast.ingest.synthesize import synthesize
-from fleetcast.store import Store
+from fleetcast.store import MANIFEST, Store
 from fleetcast.traces import tabular
 from fleetcast.traces.synthesis import SynthesizeOptions
 from fleetcast.windows import manifest as manifests
-from fleetcast.windows.manifest import Manifest
+from fleetcast.windows.manifest import Manifest, ShardOptions
 
 _DEFAULT = "default"
+#: Steps of look-back and horizon where neither is given, and as which share of the table at most: the test
+#: part of a fifth then holds two horizons.
+_STEPS = 12
+_SHARE = 10
 
 
 @dataclass(frozen=True)
@@ -29,29 +35,62 @@ class Data:
 
 def prepare(store: Store, options: BacktestOptions) -> list[Data]:
     """All data sets of a backtest, made if they are not there yet; each source has a store of its own."""
-    sources = ({options.shard.windows: options} if options.given else {}) | options.data
-    windows = options.windows or (() if sources else (_DEFAULT,))
-    found = [
-        Data(name, store, manifests.load(store, name), f"windows/{name} of the store") for name in windows
-    ]
-    return found + [_make(store, name, source) for name, source in sources.items()]
+    names = options.windows or (() if options.sources else (_DEFAULT,))
+    found = [Data(name, store, manifests.load(store, name), f"windows/{name} of the store") for name in names]
+    return found + [_make(store, name, source) for name, source in options.sources.items()]
+
+
+def find(store: Store, name: str, fingerprint: str) -> Data | None:
+    """The data set of this name and content, if the store still has it."""
+    for home in (store, _home(store, name)):
+        for path in home.list("windows", MANIFEST):
+            if home.read_json(path).get("fingerprint") == fingerprint:
+                windows = path.split("/")[1]
+                return Data(name, home, manifests.load(home, windows), f"windows/{windows}")
+    return None
+
+
+def windows_of(source: SourceOptions, telemetry: dict[str, Any]) -> ShardOptions:
+    """How a source is cut into windows: as is given, else as suits its telemetry, of which this is the
+    manifest (`SourceOptions.shard` says how). Raises InputError if that clashes with what is given."""
+    if source.tabular is None:
+        return source.shard.resolve({})
+    given, span = source.shard.model_dump(), telemetry["spans"][source.tabular.kind]
+    step = given.get("step", telemetry["settings"]["step"])
+    steps = (span["last"] - span["first"]) // step + 1
+    width = step * max(1, min(_STEPS, steps // _SHARE))
+    horizon = given.get("horizon", width)
+    tabular = {"level": source.tabular.level, "metrics": source.tabular.metrics}
+    return source.shard.resolve({**tabular, "step": step, "horizon": horizon, "history": max(width, horizon)})
+
+
+def _home(parent: Store, name: str) -> Store:
+    return Store(f"{parent.uri}/data/{name}")
 
 
 def _make(parent: Store, name: str, source: SourceOptions) -> Data:
-    store = Store(f"{parent.uri}/data/{name}").open_or_create()
+    store = _home(parent, name).open_or_create()
+    try:
+        description = _load(parent, store, name, source)
+        options = windows_of(source, store.read_json(f"telemetry/{MANIFEST}"))
+        shard(store, options)
+    except InputError as error:
+        raise InputError(f"data set {name}: {error}") from error
+    return Data(name, store, manifests.load(store, options.windows), description)
+
+
+def _load(parent: Store, store: Store, name: str, source: SourceOptions) -> str:
+    """Makes the source the telemetry of its store; returns what it is, in words."""
     if source.tabular is not None:
         tabular.load(store, source.tabular)
-        description = f"the table {source.tabular.table.rsplit('/', 1)[-1]}"
-    else:
-        raw = source.raw
-        description = f"raw {source.ingest.trace} files in {raw}"
-        if source.synthesize is not None:
-            o = source.synthesize
-            raw, description = _synthetic(parent, name, o), f"a synthetic cluster of coupling {o.coupling:g}"
-        assert raw is not None, "one source is given"
-        ingest(store, raw, source.ingest)
-    shard(store, source.shard)
-    return Data(name, store, manifests.load(store, source.shard.windows), description)
+        return f"the table {source.tabular.table.rsplit('/', 1)[-1]}"
+    raw, description = source.raw, f"raw {source.ingest.trace} files in {source.raw}"
+    if source.synthesize is not None:
+        o = source.synthesize
+        raw, description = _synthetic(parent, name, o), f"a synthetic cluster of coupling {o.coupling:g}"
+    assert raw is not None, "one source is given"
+    ingest(store, raw, source.ingest)
+    return description
 
 
 def _synthetic(parent: Store, name: str, options: SynthesizeOptions) -> str:

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
 
 from fleetcast.config import Options
+from fleetcast.errors import InputError
 from fleetcast.ingest.options import IngestOptions
-from fleetcast.models import MODELS
+from fleetcast.models import MODELS, configure
 from fleetcast.traces.synthesis import SynthesizeOptions
 from fleetcast.traces.tabular import TabularOptions
-from fleetcast.training.options import FitOptions
+from fleetcast.training.options import Budget, FitOptions
 from fleetcast.windows.manifest import ShardOptions
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+class SourceShardOptions(ShardOptions):
+    """As of the shard job, but what is not given may depend on the source (`data.windows_of`)."""
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> SourceShardOptions:
+        return self  # of what is given alone it cannot be told
+
+    @model_serializer(mode="plain")
+    def _given(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
+
+    def resolve(self, derived: dict[str, Any]) -> ShardOptions:
+        """What is given, else `derived`, else the shard job's defaults. Raises InputError if these clash."""
+        try:
+            return ShardOptions(**(derived | self.model_dump()))
+        except ValidationError as error:
+            wrong = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+            raise InputError(f"--shard: {wrong}") from error
 
 
 class SourceOptions(Options):
@@ -26,13 +51,33 @@ class SourceOptions(Options):
     """A synthetic cluster."""
     ingest: IngestOptions = IngestOptions()
     """How raw files, synthetic ones too, are read."""
-    shard: ShardOptions = ShardOptions()
-    """Which windows are made of it."""
+    shard: SourceShardOptions = SourceShardOptions()
+    """Which windows are made of it. What is not given of a table's is taken from the table: its level and
+    metrics; the step of its telemetry; a horizon of 12 steps, or a tenth of a table of fewer than 120; and a
+    look-back as long as that, or as the horizon that is given. Lags of a day and a week are kept where the
+    training part is long enough, as everywhere."""
 
     @property
     def given(self) -> list[str]:
         """The origins that are named."""
         return [name for name in ("tabular", "raw", "synthesize") if getattr(self, name) is not None]
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> SourceOptions:
+        if self.tabular is None:  # a table's are only known once it is read
+            self.shard.resolve({})
+        return self
+
+
+class BacktestBudget(Budget):
+    """How each model of a backtest is fitted: its learning rate is the search's, its seed the trial's."""
+
+    epochs: int = Field(12, ge=1)
+    """Most passes over the training part."""
+    patience: int = Field(3, ge=1)
+    """Epochs without a better validation loss before training stops."""
+    steps_per_epoch: int | None = Field(150, ge=1)
+    """Batches of an epoch, drawn anew each time; all of them where null."""
 
 
 class BacktestOptions(SourceOptions):
@@ -43,16 +88,16 @@ class BacktestOptions(SourceOptions):
     windows: tuple[str, ...] = ()
     """Windows datasets of the store; without these and any source below, the one called default."""
     data: dict[str, SourceOptions] = Field(default_factory=dict)
-    """Further data sets by name, each with a source of its own."""
+    """Further data sets by name, each with a source of its own; best given in a file (--config)."""
     models: tuple[str, ...] = tuple(MODELS)
     """Models to test; the naive rungs are always there."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Model → options other than its defaults."""
+    """Model → options other than its defaults; as JSON, or in a file (--config)."""
     seeds: int = Field(3, ge=1)
     """Trials of each model and data set; a model without randomness has one."""
-    fit: FitOptions = FitOptions(epochs=12, patience=3, steps_per_epoch=150)
-    """How each model is fitted; its seed is the trial's."""
-    learning_rates: tuple[float, ...] = (5e-4, 2e-3)
+    fit: BacktestBudget = BacktestBudget()
+    """How each model is fitted."""
+    learning_rates: tuple[float, ...] = Field((5e-4, 2e-3), min_length=1)
     """The search: each model tries these on each data set and keeps the best on the validation part."""
     search_epochs: int = Field(3, ge=1)
     """Epochs of each of these tries."""
@@ -61,22 +106,58 @@ class BacktestOptions(SourceOptions):
     paper: Literal["fusion", "stgnn"] | None = None
     """Runs exactly the models of a paper's table, in their published form, instead of `models`."""
     cpus_per_trial: float = Field(1, gt=0)
-    """CPUs that Ray keeps for a trial; fractions are allowed."""
+    """CPUs that Ray keeps for a trial, and its threads; fractions are allowed."""
     gpus_per_trial: float = Field(0, ge=0)
     """GPUs of a trial; fractions let trials share one."""
     max_concurrent: int | None = Field(None, ge=1)
     """Most trials at a time; as many as there are resources for, if not given."""
     rerun: str | None = None
-    """A trial's folder in the store: runs this one trial again, on its own, and prints what it gives."""
+    """A trial's folder, `trials/…` below `backtests/` of the store: runs this one trial again as its manifest
+    says, on the data that the store has, and prints its errors and whether it gives the same scores."""
+
+    @property
+    def sources(self) -> dict[str, SourceOptions]:
+        """The data sets to make, by name: the one of the backtest's own source is called as its windows."""
+        return ({self.shard.windows: self} if self.given else {}) | self.data
+
+    def fit_options(self, learning_rate: float, seed: int, epochs: int | None = None) -> FitOptions:
+        """The fit of one trial, or of a try of the search, which has fewer epochs."""
+        budget = self.fit.model_dump() | ({} if epochs is None else {"epochs": epochs})
+        return FitOptions(**budget, learning_rate=learning_rate, seed=seed)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _positive(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if min(rates) <= 0:
+            raise ValueError("expected learning rates above 0")
+        return rates
 
     @model_validator(mode="after")
-    def _known(self) -> BacktestOptions:
+    def _known_models(self) -> BacktestOptions:
         for name in (*self.models, *self.options, *self.lift):
             if name not in MODELS:
                 raise ValueError(f"unknown model {name!r}, expected some of {', '.join(sorted(MODELS))}")
+        _once("models", self.models)
+        for name, options in self.options.items():
+            configure(name, options)
+        return self
+
+    @model_validator(mode="after")
+    def _liftable(self) -> BacktestOptions:
+        if self.lift and self.paper:
+            raise ValueError("lift: a paper's experiment is run as it is, leave one of lift and paper out")
+        _once("lift", self.lift)
         for name in self.lift:
             if "graph" not in MODELS[name].model_fields:
                 raise ValueError(f"lift: {name} reads no graph")
+            if name not in self.models:
+                raise ValueError(f"lift: {name} is not among the models {', '.join(self.models)}")
+            if "graph" in self.options.get(name, {}):
+                raise ValueError(f"lift: {name} is trained on every graph, leave its option graph out")
+        return self
+
+    @model_validator(mode="after")
+    def _one_source_each(self) -> BacktestOptions:
         sources = ({"the source": self} if self.given else {}) | self.data
         for name, source in sources.items():
             if len(source.given) != 1:
@@ -84,4 +165,15 @@ class BacktestOptions(SourceOptions):
                     f"{name}: expected exactly one of tabular, raw and synthesize, got "
                     f"{' and '.join(source.given) or 'none'}"
                 )
+        for name in self.data:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"data: {name!r} cannot be a folder, expected letters, digits, _, . and -")
+        own = (self.shard.windows,) if self.given else ()
+        _once("the names of data sets", (*self.windows, *own, *self.data))
         return self
+
+
+def _once(what: str, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{what}: {name} is there twice, expected each once")

@@ -19,6 +19,8 @@ PAPERS: dict[str, PaperTable] = {"fusion": FUSION, "stgnn": STGNN}
 #: Rungs beside those of the paper's own table.
 _BESIDE = {"fusion": (), "stgnn": ("ast_gcn",)}
 _PLAIN: dict[str, dict[str, Any]] = {"fusion": PLAIN_FUSION, "stgnn": PLAIN_STGNN}
+#: What no published baseline has: the blend of naive forecasts, and values of seasons past the look-back.
+_BEYOND = ("residual", "seasonal")
 
 #: The trial of all naive rungs together: they have nothing to learn.
 NAIVE = "naive"
@@ -37,6 +39,11 @@ class Rung(Options):
         """Whether seeds make no difference and there is nothing to search."""
         return self.model == NAIVE or MODELS[self.model].fitted
 
+    @property
+    def graph(self) -> str | None:
+        """Of a variant of a model on another graph, which; None of the model itself."""
+        return None if self.name == self.model else self.options["graph"]
+
 
 class Trial(Options):
     """One rung, seed and data set: all that its figures depend on, with the data's fingerprint."""
@@ -52,6 +59,12 @@ class Trial(Options):
         name = self.rung.name.replace(" ", "-").replace(",", "")
         digest = fingerprint(self.model_dump(mode="json"))
         return f"trials/{self.data}/{name}/seed-{self.fit.seed}-{digest}"
+
+    @property
+    def search(self) -> str:
+        """Where its validation loss lies if it is a try of the search."""
+        key = [self.data_fingerprint, self.rung.model_dump(mode="json"), self.fit.model_dump(mode="json")]
+        return f"search/{self.data}/{self.rung.model}-{fingerprint(key)}.json"
 
 
 def rungs(options: BacktestOptions) -> list[Rung]:
@@ -72,7 +85,7 @@ def rungs(options: BacktestOptions) -> list[Rung]:
 
 def plain(name: str) -> dict[str, Any]:
     """The options that make a model the published one."""
-    return _PLAIN.get(name, {"residual": False})
+    return _PLAIN.get(name, {option: False for option in _BEYOND if option in MODELS[name].model_fields})
 
 
 def _rung(name: str, options: dict[str, Any], title: str | None = None) -> Rung:

@@ -11,13 +11,13 @@ import polars as pl
 
 from fleetcast.backtesting.data import Data
 from fleetcast.backtesting.options import BacktestOptions
-from fleetcast.backtesting.plan import NAIVE, PAPERS, Trial
+from fleetcast.backtesting.plan import NAIVE, PAPERS, Trial, rungs
 from fleetcast.backtesting.trial import MEASURED
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Measured
-from fleetcast.evaluation.ladder import Cost, DataSet, Family, Rung, Standing
-from fleetcast.evaluation.ladder_report import GraphLift, LadderReport, PaperRun, Stopped
+from fleetcast.evaluation.ladder import TRUE, Cost, DataSet, Family, GraphLift, Rung, Standing
+from fleetcast.evaluation.ladder_report import LadderReport, PaperRun, Stopped
 from fleetcast.evaluation.naive import duration
 from fleetcast.models import MODELS
 from fleetcast.schemas import QUANTILES
@@ -44,7 +44,7 @@ def collect(
         found = _rungs(store, one, [trial for trial in complete if trial.data == one.name])
         main = [rung for rung, graph in found if graph is None]
         sets.append(_data_set(one, main))
-        lifts += _lifts(one.name, Standing.of(_data_set(one, [rung for rung, _ in found])), found)
+        lifts += _lifts(Standing.of(_data_set(one, [rung for rung, _ in found])), found)
     papers = [PaperRun(PAPERS[options.paper], one.name) for one in sets] if options.paper else []
     return LadderReport(
         title=_title(options),
@@ -56,20 +56,16 @@ def collect(
     )
 
 
-def _lifts(data: str, standing: Standing, found: list[tuple[Rung, str | None]]) -> list[GraphLift]:
-    """Each graph model that was tried on several graphs, on each of them."""
-    errors: dict[tuple[str, str], list[float]] = {}
+def _lifts(standing: Standing, found: list[tuple[Rung, str | None]]) -> list[GraphLift]:
+    """Each graph model that was tried on several graphs."""
+    variants: dict[str, dict[str, str]] = defaultdict(dict)
     for rung, graph in found:
-        model = rung.name.split(",")[0]
-        errors[model, graph or "true"] = standing.errors(rung.name)
-    tried = {model for model, graph in errors if graph != "true"}
-    return [
-        GraphLift(model, data, graph, values) for (model, graph), values in errors.items() if model in tried
-    ]
+        variants[rung.name.split(",")[0]][graph or TRUE] = rung.name
+    return [GraphLift(model, standing, graphs) for model, graphs in variants.items() if len(graphs) > 1]
 
 
 def _rungs(store: Store, data: Data, trials: list[Trial]) -> list[tuple[Rung, str | None]]:
-    """The rungs of a data set, and of those on another graph than the true one, which."""
+    """The rungs of a data set, and of variants of a model on another graph, which."""
     seeds: dict[str, dict[int, Measured]] = defaultdict(dict)
     costs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     of_rung: dict[str, Trial] = {}
@@ -81,9 +77,8 @@ def _rungs(store: Store, data: Data, trials: list[Trial]) -> list[tuple[Rung, st
             of_rung[name] = trial
     rungs = []
     for name, of_seeds in seeds.items():
-        graph = of_rung[name].rung.options.get("graph", "true")
         rung = Rung(name, _family(of_rung[name].rung.model), of_seeds, _mean_cost(costs[name]))
-        rungs.append((rung, None if graph == "true" else graph))
+        rungs.append((rung, of_rung[name].rung.graph))
     return rungs
 
 
@@ -134,20 +129,31 @@ def _search(options: BacktestOptions) -> str:
     """The budget in words."""
     fit, rates = options.fit, options.learning_rates
     steps = f"at most {fit.steps_per_epoch} steps" if fit.steps_per_epoch else "all training windows"
+    fitted = [rung.name for rung in rungs(options) if rung.once and rung.model != NAIVE]
     words = (
-        f"Each model trains for at most {fit.epochs} epochs of {steps} of {fit.batch_size} windows, AdamW, "
-        f"a cosine schedule and early stopping after {fit.patience} epochs without a better validation loss, "
-        f"{options.seeds} seeds. "
+        f"Each model trains for at most {_count(fit.epochs, 'epoch')} of {steps} of {fit.batch_size} "
+        f"windows, AdamW, a cosine schedule and early stopping after {_count(fit.patience, 'epoch')} without "
+        f"a better validation loss, with {_count(options.seeds, 'seed')}. "
     )
     if len(rates) > 1:
         tried = ", ".join(f"{rate:g}" for rate in rates)
+        epochs = _count(min(options.search_epochs, fit.epochs), "epoch")
         words += (
-            f"Its learning rate is the best of {tried} on the validation part after {options.search_epochs} "
-            "epochs with seed 0; nothing else was searched."
+            f"Its learning rate is the best of {tried} on the validation part after {epochs} with seed 0; "
+            "nothing else was searched."
         )
     else:
         words += f"The learning rate is {rates[0]:g}; nothing was searched."
+    if fitted:
+        words += (
+            f" Fitted at once, without epochs and seeds: {', '.join(fitted)}; where one has to choose, it "
+            "does so on the validation part."
+        )
     return words
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def ladder(report: LadderReport) -> dict[str, list[dict[str, Any]]]:

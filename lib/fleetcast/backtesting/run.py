@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fleetcast.backtesting import results, trial
-from fleetcast.backtesting.data import Data, prepare
+from fleetcast.backtesting.data import Data, find, prepare
 from fleetcast.backtesting.options import BacktestOptions
 from fleetcast.backtesting.plan import Rung, Trial, rungs
 from fleetcast.errors import InputError
@@ -23,11 +23,15 @@ from fleetcast.evaluation import peaks
 from fleetcast.evaluation.ladder_report import Stopped, render_html, render_markdown
 from fleetcast.provenance import provenance
 from fleetcast.runtime import Failed, tasks
-from fleetcast.store import MANIFEST, Store, fingerprint
+from fleetcast.store import MANIFEST, Store
+from fleetcast.training.evaluate import scaled_mae
 from fleetcast.training.options import FitOptions
 from fleetcast.windows.views import read_values
 
 log = logging.getLogger("fleetcast")
+
+#: Trials that an error lists.
+_NAMED = 5
 
 
 def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
@@ -36,11 +40,12 @@ def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
     A trial that fails is named in the report with its reason; the others go on. Raises InputError if none
     came to its end.
     """
-    store.open_or_create()
-    results_store = Store(f"{store.uri}/backtests").open_or_create()
-    work = _Work(results_store, prepare(store, options), options, provenance())
     if options.rerun is not None:
-        return work.rerun(options.rerun)
+        return _rerun(store.open_existing(), options, options.rerun)
+    store = store.open_or_create() if options.sources else store.open_existing()
+    data = prepare(store, options)
+    results_store = Store(f"{store.uri}/backtests").open_or_create()
+    work = _Work(results_store, data, options, provenance())
     trials, stopped = work.search()
     stopped += work.run(trials)
     report = results.collect(results_store, work.data, trials, stopped, options)
@@ -58,6 +63,26 @@ def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
     }
 
 
+def _rerun(store: Store, options: BacktestOptions, folder: str) -> dict[str, Any]:
+    """Runs one trial again from its manifest, and says whether it gives the same scores."""
+    results_store = Store(f"{store.uri}/backtests")
+    saved = results_store.read_json(f"{folder}/{MANIFEST}")
+    if saved is None:
+        known = sorted({path.rsplit("/", 1)[0] for path in results_store.list("trials", MANIFEST)})
+        raise InputError(
+            f"--rerun {folder}: no such trial in {results_store.uri}; there: "
+            f"{', '.join(known[:_NAMED]) or 'none'}" + (", …" if len(known) > _NAMED else "")
+        )
+    one = Trial(**saved["trial"])
+    data = find(store, one.data, one.data_fingerprint)
+    if data is None:
+        raise InputError(
+            f"--rerun {folder}: {store.uri} does not have its data set any more: {one.data} with the "
+            f"fingerprint {one.data_fingerprint}"
+        )
+    return _Work(results_store, [data], options, provenance()).rerun(one, folder)
+
+
 @dataclass(frozen=True)
 class _Work:
     """The trials of a backtest and where their results go."""
@@ -70,70 +95,49 @@ class _Work:
     def search(self) -> tuple[list[Trial], list[Stopped]]:
         """All trials, each model with the learning rate that was best on the validation part.
 
-        Models whose every try failed have none; they are named with their reason.
+        Tries that failed are named with their reason; a model whose every try failed has no trials.
         """
-        o = self.options
+        o, ladder = self.options, rungs(self.options)
         tries = [
-            (data, rung, o.fit.model_copy(update={"learning_rate": rate, "epochs": self._epochs, "seed": 0}))
+            _trial(data, rung, o.fit_options(rate, seed=0, epochs=min(o.search_epochs, o.fit.epochs)))
             for data in self.data
-            for rung in rungs(o)
-            if not rung.once and rung.options.get("graph", "true") == "true" and len(o.learning_rates) > 1
+            for rung in ladder
+            if not rung.once and rung.graph is None and len(o.learning_rates) > 1
             for rate in o.learning_rates
         ]
-        losses = self._losses(tries)
         best: dict[tuple[str, str], tuple[float, float]] = {}
-        reasons: dict[tuple[str, str], str] = {}
-        for (data, rung, fit), loss in zip(tries, losses, strict=True):
-            key = (data.name, rung.model)
+        stopped = []
+        for one, loss in zip(tries, self._losses(tries), strict=True):
+            model, rate = (one.data, one.rung.model), one.fit.learning_rate
             if isinstance(loss, Failed):
-                reasons[key] = loss.reason
+                stopped.append(Stopped(one.rung.name, one.data, f"learning rate {rate:g}: {loss.reason}"))
             else:
-                best[key] = min(best.get(key, (np.inf, 0.0)), (loss, fit.learning_rate))
-        stopped = [
-            Stopped(model, name, why) for (name, model), why in reasons.items() if (name, model) not in best
+                best[model] = min(best.get(model, (np.inf, 0.0)), (loss, rate))
+        searched = {(one.data, one.rung.model) for one in tries}
+        trials = [
+            _trial(data, rung, o.fit_options(rate, seed))
+            for data in self.data
+            for rung in ladder
+            if (model := (data.name, rung.model)) in best or model not in searched
+            for rate in [best[model][1] if model in best else o.learning_rates[0]]
+            for seed in range(1 if rung.once else o.seeds)
         ]
-        trials = []
-        for data in self.data:
-            for rung in rungs(o):
-                if (data.name, rung.model) in reasons and (data.name, rung.model) not in best:
-                    continue
-                rate = best.get((data.name, rung.model), (0, o.learning_rates[0]))[1]
-                for seed in range(1 if rung.once else o.seeds):
-                    fit = o.fit.model_copy(update={"learning_rate": rate, "seed": seed})
-                    trials.append(
-                        Trial(data=data.name, data_fingerprint=data.manifest.fingerprint, rung=rung, fit=fit)
-                    )
         return trials, stopped
 
-    @property
-    def _epochs(self) -> int:
-        return min(self.options.search_epochs, self.options.fit.epochs)
-
-    def _losses(self, tries: list[tuple[Data, Rung, FitOptions]]) -> list[float | Failed]:
+    def _losses(self, tries: list[Trial]) -> list[float | Failed]:
         """The validation loss of each try, from the store where it is there."""
 
-        def path(one: tuple[Data, Rung, FitOptions]) -> str:
-            data, rung, fit = one
-            key = [data.manifest.fingerprint, rung.model_dump(mode="json"), fit.model_dump(mode="json")]
-            return f"search/{data.name}/{rung.model}-{fingerprint(key)}.json"
+        def work(one: Trial) -> None:
+            self._use_threads()
+            loss = trial.search(self._named(one.data), one.rung, one.fit)
+            self.store.write_json(one.search, {"loss": loss})
 
-        def work(one: tuple[Data, Rung, FitOptions]) -> float:
-            torch.set_num_threads(max(1, int(self.options.cpus_per_trial)))
-            return trial.search(*one)
-
-        found: list[Any] = [self.store.read_json(path(one)) for one in tries]
-        todo = [i for i, saved in enumerate(found) if saved is None]
+        todo = [one for one in tries if not self.store.exists(one.search)]
         made = self._tasks(
-            [tries[i] for i in todo],
-            work,
-            "search",
-            lambda one: f"{one[1].name} on {one[0].name}, learning rate {one[2].learning_rate:g}",
+            todo, work, "search", lambda one: f"{_title(one)}, learning rate {one.fit.learning_rate:g}"
         )
-        for i, loss in zip(todo, made, strict=True):
-            if not isinstance(loss, Failed):
-                self.store.write_json(path(tries[i]), {"loss": loss})
-            found[i] = loss if isinstance(loss, Failed) else {"loss": loss}
-        return [one if isinstance(one, Failed) else one["loss"] for one in found]
+        failed = {one.search: out for one, out in zip(todo, made, strict=True) if isinstance(out, Failed)}
+        return [failed.get(one.search) or self.store.read_json(one.search)["loss"] for one in tries]
 
     def run(self, trials: list[Trial]) -> list[Stopped]:
         """Runs the trials that are not complete; returns those that failed."""
@@ -144,7 +148,7 @@ class _Work:
             todo,
             lambda one: self._one(one, thresholds[one.data], one.folder),
             "trial",
-            lambda one: f"{one.rung.name} on {one.data}, seed {one.fit.seed}",
+            lambda one: f"{_title(one)}, seed {one.fit.seed}",
         )
         return [
             Stopped(one.rung.name, one.data, f"seed {one.fit.seed}: {outcome.reason}")
@@ -152,22 +156,8 @@ class _Work:
             if isinstance(outcome, Failed)
         ]
 
-    def rerun(self, folder: str) -> dict[str, Any]:
-        """Runs one trial again from its manifest, and says whether it gives the same scores."""
-        saved = self.store.read_json(f"{folder}/{MANIFEST}")
-        if saved is None:
-            known = sorted({path.rsplit("/", 1)[0] for path in self.store.list("trials", MANIFEST)})
-            raise InputError(
-                f"--rerun {folder}: no such trial in {self.store.uri}; there: "
-                f"{', '.join(known[:5]) or 'none'}"
-            )
-        one = Trial(**saved["trial"])
-        known_data = {data.name: data.manifest.fingerprint for data in self.data}
-        if known_data.get(one.data) != one.data_fingerprint:
-            raise InputError(
-                f"--rerun {folder}: its data set {one.data} ({one.data_fingerprint}) is not among those "
-                f"of this command: {known_data}"
-            )
+    def rerun(self, one: Trial, folder: str) -> dict[str, Any]:
+        """Runs a trial again beside `folder`, where it is complete, and compares."""
         again = f"_work/rerun/{one.folder}"
         thresholds = self._thresholds({one.data})[one.data]
         (outcome,) = self._tasks(
@@ -177,13 +167,21 @@ class _Work:
             raise InputError(f"--rerun {folder}: {outcome.reason}")
         horizon = self._named(one.data).manifest.horizon
         first, second = (results.measured(self.store, at, horizon) for at in (folder, again))
-        self.store.remove("_work/rerun")
-        same = {name: first[name].scores.to_json() == second[name].scores.to_json() for name in first}
-        return {"trial": folder, "same_scores": same}
+        self.store.remove(again)
+        return {
+            "trial": folder,
+            "scaled_mae": {name: scaled_mae(found) for name, found in second.items()},
+            "same_scores": {
+                name: found.scores.to_json() == second[name].scores.to_json() for name, found in first.items()
+            },
+        }
 
     def _one(self, one: Trial, thresholds: NDArray[np.float32], folder: str) -> None:
-        torch.set_num_threads(max(1, int(self.options.cpus_per_trial)))
+        self._use_threads()
         trial.run(self.store, self._named(one.data), one, thresholds, folder, self.about)
+
+    def _use_threads(self) -> None:
+        torch.set_num_threads(max(1, int(self.options.cpus_per_trial)))
 
     def _named(self, name: str) -> Data:
         return next(data for data in self.data if data.name == name)
@@ -200,6 +198,14 @@ class _Work:
     def _tasks(self, items: list[Any], work: Any, what: str, name: Any) -> list[Any]:
         o = self.options
         return tasks(items, work, what, name, o.cpus_per_trial, o.gpus_per_trial, o.max_concurrent)
+
+
+def _trial(data: Data, rung: Rung, fit: FitOptions) -> Trial:
+    return Trial(data=data.name, data_fingerprint=data.manifest.fingerprint, rung=rung, fit=fit)
+
+
+def _title(one: Trial) -> str:
+    return f"{one.rung.name} on {one.data}"
 
 
 def _thresholds(data: Data) -> NDArray[np.float32]:

@@ -113,10 +113,9 @@ def _cost(data: Data, fitted: Run) -> dict[str, Any]:
 
 def _on_cpu(model: Model) -> backtest.Rung:
     """The model as a rung of the ladder, whose forecasts are in this process's memory."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def forecast(batch: Batch) -> Output:
-        output = model(batch.to(device))
+        output = model(batch.to(model.device))
         quantiles = None if output.quantiles is None else output.quantiles.cpu()
         return Output(output.mean.cpu(), quantiles)
 

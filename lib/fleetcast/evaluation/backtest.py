@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from fleetcast.evaluation.intervals import ResidualHistogram, bucket_of, calibrate
-from fleetcast.evaluation.metrics import COUNT, ERROR, Scores, per_origin
+from fleetcast.evaluation.metrics import COUNT, ERROR, PerEntity, Scores, per_origin
 from fleetcast.evaluation.naive import naive_rungs
 from fleetcast.evaluation.peaks import Peaks
 from fleetcast.models.base import Model, Output
@@ -88,6 +88,8 @@ class Measured:
     """Origin → [K, H, F] the sums of `metrics.per_origin` over all entities."""
     peaks: Peaks | None = None
     """Where thresholds of high load were given."""
+    entities: PerEntity | None = None
+    """By position in the list of all entities; None where a file of an earlier version is among them."""
 
     def __add__(self, other: Measured) -> Measured:
         residuals = self.residuals
@@ -99,7 +101,10 @@ class Measured:
         peaks = self.peaks
         if peaks is not None and other.peaks is not None:
             peaks = peaks + other.peaks
-        return Measured(self.scores + other.scores, residuals, by_origin, peaks)
+        entities = None
+        if self.entities is not None and other.entities is not None:
+            entities = self.entities + other.entities
+        return Measured(self.scores + other.scores, residuals, by_origin, peaks, entities)
 
 
 def measure(
@@ -124,6 +129,7 @@ def measure(
             ResidualHistogram.zeros(horizon, metrics, levels) if shifts is None else None,
             {},
             None if thresholds is None else Peaks.zeros(metrics, levels),
+            PerEntity.zeros(0, metrics),
         )
         for name in ladder
     }
@@ -144,6 +150,10 @@ def measure(
             if found.peaks is not None and limit is not None:
                 found.peaks = found.peaks + Peaks.of(
                     y, seen, given.mean, given.median, given.quantiles, levels, limit
+                )
+            if found.entities is not None:
+                found.entities = found.entities + PerEntity.of(
+                    y, seen, given.median, batch.nodes.numpy(), spread
                 )
             sums = per_origin(y, seen, given.mean, given.median, given.quantiles, levels, spread)
             for origin, part in zip(batch.origins.tolist(), sums, strict=True):
@@ -196,6 +206,9 @@ def save(measured: dict[str, Measured], file: IO[bytes]) -> None:
             arrays[f"{position}.largest"] = found.residuals.largest
         if found.peaks is not None:
             arrays |= {f"{position}.peaks.{key}": value for key, value in found.peaks.arrays().items()}
+        if found.entities is not None:
+            arrays[f"{position}.entities.n"] = found.entities.n
+            arrays[f"{position}.entities.scaled_error"] = found.entities.scaled_error
         arrays[f"{position}.origins"] = np.asarray(list(found.by_origin), np.int64)
         arrays[f"{position}.by_origin"] = np.asarray(list(found.by_origin.values()))
     np.savez_compressed(file, names=np.asarray(list(measured)), **arrays)
@@ -208,6 +221,7 @@ def load(file: IO[bytes], levels: tuple[float, ...], horizon: int) -> dict[str, 
         for position, name in enumerate(arrays["names"].tolist()):
             state = {key: value.tolist() for key, value in _under(arrays, f"{position}.scores.").items()}
             peaks = _under(arrays, f"{position}.peaks.")
+            entities = _under(arrays, f"{position}.entities.")
             residuals = None
             if f"{position}.counts" in arrays:
                 counts, largest = arrays[f"{position}.counts"], arrays[f"{position}.largest"]
@@ -219,6 +233,7 @@ def load(file: IO[bytes], levels: tuple[float, ...], horizon: int) -> dict[str, 
                 residuals,
                 by_origin,
                 Peaks.from_arrays(peaks) if peaks else None,
+                PerEntity(**entities) if entities else None,
             )
         return measured
 

@@ -23,6 +23,9 @@ Family = Literal["naive", "statistical", "sequence", "graph"]
 #: Plots show so many of the best rungs, beside RIDGE and the best naive one.
 SHOWN = 5
 RIDGE = "ridge"
+TRUE = "true"
+#: The graphs that others are held against: every entity on its own, and true dependencies between wrong ones.
+IDENTITY, SHUFFLED = "identity", "shuffled"
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,18 @@ class Rung:
         return reduce(add, found) if found else None
 
     def figures(self, data: DataSet) -> list[dict[str, list[float]]]:
-        """Per metric, figure → its value for each seed, over the whole horizon; NaN where undefined."""
+        """Per metric, figure → its value for each seed, over the whole horizon; NaN where undefined.
+
+        The figures of `metrics.figures`, and `median_scaled_mae`, of the median entity.
+        """
         tables = [m.figures(found.scores, data.mase_scale) for found in self.seeds.values()]
+        unknown = np.full(len(data.metrics), np.nan)
+        medians = np.array(
+            [unknown if one.entities is None else one.entities.median() for one in self.seeds.values()]
+        )
         return [
             {name: [_float(table[f][name]) for table in tables] for name in tables[0][f]}
+            | {"median_scaled_mae": medians[:, f].tolist()}
             for f in range(len(data.metrics))
         ]
 
@@ -134,7 +145,11 @@ class Standing:
     @property
     def naive(self) -> str | None:
         """The best naive rung."""
-        return next((name for name, rung in self.rungs.items() if rung.family == "naive"), None)
+        return self.best("naive")
+
+    def best(self, family: Family) -> str | None:
+        """The best rung of a family."""
+        return next((name for name, rung in self.rungs.items() if rung.family == family), None)
 
     @property
     def shown(self) -> list[str]:
@@ -142,10 +157,11 @@ class Standing:
         chosen = {*list(self.rungs)[:SHOWN], RIDGE, self.naive}
         return [name for name in self.rungs if name in chosen]
 
-    def gap(self, name: str) -> Gap | None:
-        """A rung against the best one; None of the best itself."""
-        best = self.places[0].name
-        return None if self.resampled is None or name == best else self.resampled.compare(name, best)
+    def gap(self, name: str | None, other: str | None) -> Gap | None:
+        """A rung against another; None where either was not scored or both are the same."""
+        if self.resampled is None or name == other or name not in self.rungs or other not in self.rungs:
+            return None
+        return self.resampled.compare(name, other)
 
     def errors(self, name: str) -> list[float]:
         """Mean over metrics of the scaled MAE, of each seed."""
@@ -169,6 +185,27 @@ class Standing:
     def calibration(self, name: str) -> NDArray[np.float64]:
         """[Q] mean over metrics of the share of targets at or below each quantile."""
         return _mean_over(m.calibration(self.rungs[name].scores.pooled())[0])
+
+
+@dataclass(frozen=True)
+class GraphLift:
+    """One graph model on one data set, told to see some of the true, identity, shuffled and learned graph."""
+
+    model: str
+    standing: Standing
+    """Of all variants, beside whatever else."""
+    rungs: Mapping[str, str]
+    """Graph → its rung's name."""
+
+    @property
+    def errors(self) -> dict[str, list[float]]:
+        """Graph → mean over metrics of the scaled MAE, of each seed."""
+        return {graph: self.standing.errors(rung) for graph, rung in self.rungs.items()}
+
+    def against(self, other: str) -> dict[str, Gap]:
+        """Graph → its error less that of the other graph; without those that were not scored."""
+        gaps = {graph: self.standing.gap(rung, self.rungs.get(other)) for graph, rung in self.rungs.items()}
+        return {graph: gap for graph, gap in gaps.items() if gap}
 
 
 def _float(value: float | None) -> float:

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from fleetcast import plots
 from fleetcast.evaluation import metrics as m
-from fleetcast.evaluation.ladder import RIDGE, Family, Standing
+from fleetcast.evaluation.ladder import IDENTITY, RIDGE, Family, GraphLift, Standing
 from fleetcast.evaluation.page import Picture, lead_time
 from fleetcast.schemas import describe
 
 SCALED = "MAE ÷ standard deviation"
+#: Inches; the legend below takes a third.
+_HEIGHT = 3.4
 _DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1)))
 _FAMILIES: dict[Family, tuple[str, str]] = {
     "naive": (plots.QUIET, "s"),
@@ -44,7 +47,7 @@ def styles(standing: Standing) -> dict[str, dict[str, Any]]:
 
 def by_horizon(standing: Standing) -> Picture:
     """Error by lead time."""
-    figure, (axes,) = plots.subplots(SCALED)
+    figure, (axes,) = plots.subplots(SCALED, height=_HEIGHT)
     ahead = lead_time(axes, standing.data.horizon, standing.data.step)
     _lines(figure, axes, ahead, standing, {name: standing.by_horizon(name) for name in standing.shown})
     return _picture(standing, "error by lead time", figure)
@@ -52,7 +55,7 @@ def by_horizon(standing: Standing) -> Picture:
 
 def by_time(standing: Standing) -> Picture:
     """Error by the target's time of day."""
-    figure, (axes,) = plots.subplots(SCALED)
+    figure, (axes,) = plots.subplots(SCALED, height=_HEIGHT)
     series = {name: standing.by_time(name) for name in standing.shown}
     buckets = len(next(iter(series.values())))
     axes.set_xlabel("time of day of the target, UTC")
@@ -64,7 +67,7 @@ def by_time(standing: Standing) -> Picture:
 
 def calibration(standing: Standing) -> Picture:
     """Observed against nominal share of targets at or below each quantile."""
-    figure, (axes,) = plots.subplots("share of targets at or below the quantile")
+    figure, (axes,) = plots.subplots("share of targets at or below the quantile", height=_HEIGHT)
     axes.plot([0, 1], [0, 1], color=plots.QUIET, linestyle="-", linewidth=0.8)
     levels = np.array(standing.rungs[standing.shown[0]].scores.levels)
     axes.set_xlabel("quantile level")
@@ -82,6 +85,9 @@ def cost(standing: Standing) -> Picture | None:
     figure, (axes,) = plots.subplots(SCALED, width=5.4, height=3.2)
     axes.set_xlabel("seconds to fit, one seed")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     drawn = set()
     for rank, place in enumerate(standing.places, start=1):
         rung = standing.rungs[place.name]
@@ -106,13 +112,14 @@ def cost(standing: Standing) -> Picture | None:
 def provisioning(standing: Standing, f: int) -> Picture:
     """Idle capacity against shortfall of metric f, a point for each quantile level."""
     metric = standing.data.metrics[f]
-    figure, (axes,) = plots.subplots("shortfall: " + describe(metric))
+    figure, (axes,) = plots.subplots("shortfall: " + describe(metric), height=_HEIGHT)
     axes.set_xlabel("idle, same unit")
     for name, style in styles(standing).items():
         one = standing.rungs[name].scores.pooled()
         axes.plot(m.idle(one)[0, f], m.shortfall(one)[0, f], marker="o", markersize=3, label=name, **style)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    # Forecasts differ by shares, over several orders of magnitude from the lowest level to the highest.
+    axes.set_xscale("log")
+    axes.set_yscale("log")
     plots.legend(figure, axes, columns=2)
     return _picture(standing, f"{metric}, idle against shortfall", figure)
 
@@ -144,17 +151,34 @@ def skills(standings: Sequence[Standing], order: Sequence[str]) -> Picture:
     return Picture("Skill on every data set", plots.data_uri(figure), "Skill of every rung on every data set")
 
 
-def lift(data: str, rows: Mapping[str, Mapping[str, float]]) -> Picture:
-    """Per model, the change of the error by each kind of graph against none.
+def lift(data: str, lifts: Sequence[GraphLift]) -> Picture | None:
+    """Per model, the change of the error by each kind of graph against none, with its interval.
 
-    `rows` is model → kind → share of the error.
+    None if nothing was held against the identity graph.
     """
-    figure, (axes,) = plots.subplots("error against the identity graph, %", height=1.1 + 0.3 * len(rows))
-    kinds = list(dict.fromkeys(kind for of_model in rows.values() for kind in of_model))
+    rows = {lift.model: gaps for lift in lifts if (gaps := lift.against(IDENTITY))}
+    if not rows:
+        return None
+    kinds = list(dict.fromkeys(kind for gaps in rows.values() for kind in gaps))
+    height = 1.1 + 0.2 * (1 + len(kinds)) * len(rows)
+    figure, (axes,) = plots.subplots("error against the identity graph, %", height=height)
     for i, kind in enumerate(kinds):
-        points = [(100 * row[kind], y) for y, row in enumerate(rows.values()) if kind in row]
-        x, y = zip(*points, strict=True)
-        axes.plot(x, y, _MARKERS[i], color=plots.PALETTE[i], markersize=5, label=kind)
+        # One below the other, as intervals overlap.
+        shift = (i + 1) / (len(kinds) + 1) - 0.5
+        y = [row + shift for row, gaps in enumerate(rows.values()) if kind in gaps]
+        shares = np.array([gaps[kind].relative for gaps in rows.values() if kind in gaps])
+        middle, low, high = 100 * np.where(np.isfinite(shares), shares, np.nan).T
+        axes.errorbar(
+            middle,
+            y,
+            xerr=[middle - low, high - middle],
+            fmt=_MARKERS[i],
+            color=plots.PALETTE[i],
+            markersize=5,
+            linewidth=1.2,
+            capsize=2.5,
+            label=kind,
+        )
     axes.axvline(0, color=plots.QUIET, linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -162,7 +186,8 @@ def lift(data: str, rows: Mapping[str, Mapping[str, float]]) -> Picture:
     return Picture(
         f"{data}: what the graph changes",
         plots.data_uri(figure),
-        f"{data}: error of each graph model with each kind of graph against the identity graph",
+        f"{data}: error of each graph model with each kind of graph against the identity graph, "
+        "and its interval of 95 %",
     )
 
 
@@ -177,7 +202,6 @@ def _lines(
     # The better in front of the worse.
     for depth, (name, style) in enumerate(styles(standing).items()):
         axes.plot(x, series[name], label=name, marker=marker, zorder=3 - depth / 100, **style)
-    axes.set_ylim(bottom=0)
     plots.legend(figure, axes, columns=2)
 
 

@@ -19,18 +19,15 @@ import numpy as np
 from fleetcast.evaluation import ladder_plots as draw
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation import peaks as p
-from fleetcast.evaluation.compare import Ranked
-from fleetcast.evaluation.ladder import DataSet, Rung, Standing
+from fleetcast.evaluation.compare import Gap, Ranked
+from fleetcast.evaluation.ladder import IDENTITY, RIDGE, SHUFFLED, TRUE, DataSet, GraphLift, Rung, Standing
 from fleetcast.evaluation.naive import duration
 from fleetcast.evaluation.page import Picture, number, percent, template
 from fleetcast.evaluation.papers import PaperTable
 from fleetcast.schemas import describe
 
 #: Quantiles whose alarms and provisioning the tables show, where the forecasts have them.
-ALARMS = (0.5, 0.9, 0.99)
-PROVISIONED = (0.5, 0.75, 0.9, 0.95, 0.99)
-#: The graph that all others are held against: every entity on its own.
-IDENTITY = "identity"
+LEVELS = (0.5, 0.9, 0.99)
 _TIES_NAMED = 3
 
 
@@ -41,18 +38,6 @@ class Stopped:
     model: str
     data: str
     reason: str
-
-
-@dataclass(frozen=True)
-class GraphLift:
-    """One graph model told to see one kind of graph."""
-
-    model: str
-    data: str
-    graph: str
-    """true, identity, shuffled or learned."""
-    errors: Sequence[float]
-    """Mean over metrics of the scaled MAE, of each seed."""
 
 
 @dataclass(frozen=True)
@@ -153,22 +138,58 @@ def sections(report: LadderReport, standings: Sequence[Standing], pictures: bool
 
 
 def verdict(standing: Standing) -> str:
-    """One sentence: the best rung, by how much, and what cannot be told apart from it."""
-    name = standing.data.name
+    """The best rung, what it is worth and what ties with it; the best graph model and sequence model."""
     if not standing.places:
-        return f"{name}: no forecast was scored."
-    best = standing.places[0]
-    skill = ""
-    if best.skill is not None and best.name != standing.against:
-        skill = f", with an error {percent(best.skill)} below that of {standing.against}"
-    ties = (
-        f" It cannot be told apart from {_names(best.ties)}."
-        if best.ties
-        else " All others are worse beyond chance."
-    )
+        return f"{standing.data.name}: no forecast was scored."
+    best, naive = standing.places[0], standing.naive
+    sentences = [f"{best.name}{', a naive forecast,' if best.name == naive else ''} is best."]
+    held = {RIDGE: RIDGE, naive: f"the best naive forecast ({naive})"}
+    outcomes = [
+        _outcome(gap, words) for other, words in held.items() if (gap := standing.gap(best.name, other))
+    ]
+    if outcomes:
+        sentences.append(f"It {' and '.join(outcomes)}.")
     if len(standing.places) == 1:
-        ties = " No other forecast was scored."
-    return f"{name}: {best.name} is best{skill}.{ties}"
+        sentences.append("No other forecast was scored.")
+    elif best.ties:
+        sentences.append(f"It cannot be told apart from {_names(best.ties)}.")
+    else:
+        sentences.append("All others are worse beyond chance.")
+    graph, sequence = standing.best("graph"), standing.best("sequence")
+    if gap := standing.gap(graph, sequence):
+        sentences.append(
+            f"The best graph model ({graph}) {_outcome(gap, f'the best sequence model ({sequence})')}."
+        )
+    return f"{standing.data.name}: {' '.join(sentences)}"
+
+
+def _outcome(gap: Gap, other: str) -> str:
+    """`beats ridge by 5.1 % (interval 3.9 to 6.3)`."""
+    difference, low, high = gap.relative
+    if gap.verdict == "tie":
+        return f"ties with {other} at {_span(difference, low, high, '+')}"
+    if gap.verdict == "worse":
+        return f"loses to {other} by {_span(difference, low, high)}"
+    return f"beats {other} by {_span(-difference, -high, -low)}"
+
+
+def _span(difference: float, low: float, high: float, sign: str = "-") -> str:
+    """Shares as `5.1 % (interval 3.9 to 6.3)`."""
+    return f"{_points(difference, sign)} % (interval {_points(low)} to {_points(high)})"
+
+
+def _change(gap: Gap | None) -> str:
+    """Percentage points as `+5.1 (3.9 to 6.3)`."""
+    if gap is None:
+        return "–"
+    difference, low, high = gap.relative
+    return f"{_points(difference, '+')} ({_points(low)} to {_points(high)})"
+
+
+def _points(share: float, sign: str = "-") -> str:
+    """Percentage points; with a `+` before what is not below 0 if `sign` is one."""
+    decimals = 1 if abs(share) < 1 else 0
+    return f"{share * 100:{sign}z.{decimals}f}" if np.isfinite(share) else "–"
 
 
 def _names(names: Sequence[str]) -> str:
@@ -191,10 +212,11 @@ def _how_to_read() -> Section:
             "week before, of yesterday, else of the last value): 0 % is as good as repeating, 100 % is "
             "perfect, below 0 % is worse. “±” is the standard deviation over seeds.",
             "Intervals of a difference are of 95 %: origins are drawn anew in blocks of neighbours, the "
-            "same for both forecasts, and so are seeds. Where the interval holds 0 the two are a tie, and "
-            "a rank such as “3 (1–5)” says from which to which place a forecast cannot be told apart. Each "
-            "pair is compared on its own, so among many pairs a few differences are chance. Of a model "
-            "with one seed nothing is known of how much training by chance matters.",
+            "same for both forecasts, and so are seeds. “Against ridge, %: -5.0 (-6.1 to -3.9)” is an error "
+            "5 % below that of ridge, a linear model, and the interval. Where it holds 0 the two are a tie, "
+            "and a rank such as “3 (1–5)” says from which to which place a forecast may stand. Each pair is "
+            "compared on its own, so among many pairs a few differences are chance. Of a model with one "
+            "seed nothing is known of how much training by chance matters.",
         ),
     )
 
@@ -253,7 +275,7 @@ def _data_set(standing: Standing, pictures: bool) -> list[Section]:
     return [
         Section(
             data.name,
-            (data.description, setting, verdict(standing)),
+            (data.description, setting),
             (_ladder(standing), *(_details(standing, f) for f in range(len(data.metrics)))),
             (draw.by_horizon(standing), draw.by_time(standing), draw.calibration(standing))
             if pictures
@@ -266,35 +288,28 @@ def _data_set(standing: Standing, pictures: bool) -> list[Section]:
 
 
 def _ladder(standing: Standing) -> Table:
-    data = standing.data
+    data, best = standing.data, standing.places[0]
     several = data.metrics if len(data.metrics) > 1 else ()
-    ties = "Cannot be told apart from"
-    columns = ("Forecast", "Rank", "Skill", "Scaled MAE", "Above the best", "95 % interval", ties, "Seeds")
+    against = {"the best": best.name} | ({RIDGE: RIDGE} if RIDGE in standing.rungs else {})
     rows = []
     for at, place in enumerate(standing.places, start=1):
         rung = standing.rungs[place.name]
-        gap = standing.gap(place.name)
-        relative = gap.relative if gap else None
-        by_metric = rung.figures(data)
+        of_metrics = rung.figures(data)[: len(several)]
         rows.append(
             (
                 place.name,
                 str(at) if place.first == place.last else f"{at} ({_rank(place)})",
                 _skill(place),
                 _seeds(standing.errors(place.name)),
-                percent(relative[0]) if relative else "–",
-                f"{percent(relative[1])} to {percent(relative[2])}" if relative else "–",
-                _names(place.ties),
-                str(len(rung.seeds)),
-                *(_seeds(by_metric[f]["scaled_mae"]) for f in range(len(several))),
+                *(_change(standing.gap(place.name, other)) for other in against.values()),
+                *(number(float(np.mean(figures["scaled_mae"]))) for figures in of_metrics),
             )
         )
-    best = standing.places[0]
+    changes = (f"Against {other}, %" for other in against)
     return Table(
-        (*columns, *several),
+        ("Forecast", "Rank", "Skill", "Scaled MAE", *changes, *several),
         rows,
         f"{data.name}: scaled MAE" + (", mean over metrics and of each" if several else ""),
-        frozenset({ties}),
         marked=frozenset({best.name, *best.ties}),
     )
 
@@ -304,12 +319,13 @@ def _details(standing: Standing, f: int) -> Table:
     data = standing.data
     metric = data.metrics[f]
     titles = {
+        "scaled_mae": "Scaled MAE",
+        "median_scaled_mae": "of the median entity",
         "mae": "MAE",
         "rmse": "RMSE",
         "wape": "WAPE",
         "mase": "MASE",
         "r2": "R²",
-        "scaled_mae": "Scaled MAE",
         "mape": "MAPE",
         "mape_share": "of targets",
         "pinball": "Pinball",
@@ -326,7 +342,7 @@ def _details(standing: Standing, f: int) -> Table:
     return Table(
         ("Forecast", *titles.values()),
         rows,
-        f"{data.name}, {metric}: every figure (MAE, RMSE, pinball and WIS in: {describe(metric)})",
+        f"{data.name}, {_metric(metric)}: every figure; MAE, RMSE, pinball and WIS in the metric’s unit",
         folded=True,
     )
 
@@ -368,7 +384,7 @@ def _peaks(standing: Standing) -> Section:
 def _peak_table(standing: Standing, found: dict[str, p.Peaks], f: int) -> Table:
     data = standing.data
     first = next(iter(found.values()))
-    at = [(level, first.levels.index(level)) for level in ALARMS if level in first.levels]
+    at = [(level, first.levels.index(level)) for level in LEVELS if level in first.levels]
     columns = ["Forecast", "MAE", "Bias", "Peak’s time off"]
     for level, _ in at:
         columns += [f"Caught, {_level(level)}", f"Right, {_level(level)}"]
@@ -386,8 +402,13 @@ def _peak_table(standing: Standing, found: dict[str, p.Peaks], f: int) -> Table:
             cells += [number(round(int(count[f, q]) / seeds)) for count in counts]
         rows.append(tuple(cells))
     counted = f"; hits, misses and false alarms of the {_level(at[-1][0])} quantile" if at else ""
-    title = f"{data.name}, {data.metrics[f]} ({describe(data.metrics[f])}){counted}"
+    title = f"{data.name}, {_metric(data.metrics[f])}{counted}"
     return Table(tuple(columns), rows, title, folded=f > 0)
+
+
+def _metric(metric: str) -> str:
+    """With what it measures, where that is known."""
+    return metric if describe(metric) == metric else f"{metric} ({describe(metric)})"
 
 
 def _level(level: float) -> str:
@@ -411,7 +432,7 @@ def _provisioning_table(standing: Standing, f: int) -> Table:
     data = standing.data
     columns, rows = ["Forecast"], []
     levels = standing.rungs[standing.shown[0]].scores.levels
-    at = [(level, levels.index(level)) for level in PROVISIONED if level in levels]
+    at = [(level, levels.index(level)) for level in LEVELS if level in levels]
     for level, _ in at:
         columns += [f"{_level(level)}: idle", "shortfall", "short, min a day"]
     for name in standing.shown:
@@ -421,7 +442,7 @@ def _provisioning_table(standing: Standing, f: int) -> Table:
         for _, q in at:
             cells += [number(float(idle[q])), number(float(shortfall[q])), number(float(short[q] * 1440))]
         rows.append(tuple(cells))
-    title = f"{data.name}, {data.metrics[f]} ({describe(data.metrics[f])})"
+    title = f"{data.name}, {_metric(data.metrics[f])}"
     return Table(tuple(columns), rows, title, folded=f > 0)
 
 
@@ -430,6 +451,7 @@ def _cost(standing: Standing, pictures: bool) -> Section:
     columns = (
         "Forecast",
         "Family",
+        "Seeds",
         "Parameters",
         "Epochs",
         "Seconds per epoch",
@@ -437,8 +459,8 @@ def _cost(standing: Standing, pictures: bool) -> Section:
         "ms per forecast",
     )
     words = (
-        "Of one seed. A forecast is one window of one group of entities. In the plot the figures beside the "
-        "points are ranks in the ladder, in whose order the table is, too."
+        "Costs are of one seed. A forecast is one window of one group of entities. In the plot the figures "
+        "beside the points are ranks in the ladder, in whose order the table is, too."
     )
     table = Table(columns, rows, f"{standing.data.name}: what each forecast costs", frozenset({"Family"}))
     picture = draw.cost(standing) if pictures else None
@@ -447,51 +469,60 @@ def _cost(standing: Standing, pictures: bool) -> Section:
 
 def _cost_row(rung: Rung) -> tuple[str, ...]:
     cost = rung.cost
-    figures = (cost.parameters, cost.epochs, cost.seconds_per_epoch, cost.fit_seconds, cost.forecast_ms)
-    return (rung.name, rung.family, *(number(value) for value in figures))
+    epochs = "–" if cost.epochs is None else f"{cost.epochs:.3g}"
+    figures = (cost.seconds_per_epoch, cost.fit_seconds, cost.forecast_ms)
+    whole = (number(len(rung.seeds)), number(cost.parameters), epochs)
+    return (rung.name, rung.family, *whole, *(number(value) for value in figures))
 
 
 # -- graphs, papers, what was stopped ------------------------------------------------------------------------
 
 
-def _graph_lift(rows: Sequence[GraphLift], pictures: bool) -> Section:
+def _graph_lift(lifts: Sequence[GraphLift], pictures: bool) -> Section:
     title = "What the graph is worth"
-    if not rows:
+    if not lifts:
         return Section(title, ("No graph model was tried on several graphs.",))
     words = (
         "The same model told to see the true dependencies, none (identity), the true ones between shuffled "
-        "entities, or a graph that it learns. Figures are the scaled MAE, mean ± standard deviation over "
-        "seeds. If the true graph is no better than identity and shuffled, the graph pays nothing here, "
-        "whatever the model’s name says. Below 0 %: better than without a graph."
+        "entities, or a graph that it learns. A graph pays where its error is below that of identity, and "
+        "what it says of the entities pays where it is also below that of shuffled; else the graph is worth "
+        "nothing here, whatever the model’s name says. “Against” is the change of the scaled MAE with its "
+        "interval of 95 %; below 0: better, and a tie where the interval holds 0."
     )
-    by_data = {row.data: [other for other in rows if other.data == row.data] for row in rows}
-    tables, drawn = [], []
-    for data, found in by_data.items():
-        kinds = tuple(dict.fromkeys(row.graph for row in found))
-        errors = {(row.model, row.graph): row.errors for row in found}
-        models = dict.fromkeys(row.model for row in found)
-        cells, shares = [], {}
-        for model in models:
-            base = errors.get((model, IDENTITY))
-            change = {
-                kind: float(np.mean(errors[model, kind]) / np.mean(base) - 1)
-                for kind in kinds
-                if base and kind != IDENTITY and (model, kind) in errors
-            }
-            if change:
-                shares[model] = change
-            cells.append(
-                (
-                    model,
-                    *(_seeds(errors.get((model, kind), ())) for kind in kinds),
-                    *(percent(change.get(kind)) for kind in kinds if kind != IDENTITY),
-                )
-            )
-        against = tuple(f"{kind} against {IDENTITY}" for kind in kinds if kind != IDENTITY)
-        tables.append(Table(("Model", *kinds, *against), cells, data))
-        if pictures and shares:
-            drawn.append(draw.lift(data, shares))
-    return Section(title, (words,), tuple(tables), tuple(drawn))
+    by_data: dict[str, list[GraphLift]] = {}
+    for lift in lifts:
+        by_data.setdefault(lift.standing.data.name, []).append(lift)
+    drawn = [draw.lift(data, found) for data, found in by_data.items()] if pictures else []
+    return Section(
+        title,
+        (words, *(f"{data}: {'; '.join(map(_worth, found))}." for data, found in by_data.items())),
+        tuple(_lift_table(data, found) for data, found in by_data.items()),
+        tuple(picture for picture in drawn if picture),
+    )
+
+
+def _worth(lift: GraphLift) -> str:
+    """Whether the true graph pays, in words."""
+    verbs = {"better": "clearly pays", "tie": "ties", "worse": "costs"}
+    found = [
+        f"{verbs[gap.verdict]} against {other}, {_span(*gap.relative, sign='+')}"
+        for other in (IDENTITY, SHUFFLED)
+        if (gap := lift.against(other).get(TRUE))
+    ]
+    return f"the true graph of {lift.model} {', and '.join(found) or 'was held against no other'}"
+
+
+def _lift_table(data: str, lifts: Sequence[GraphLift]) -> Table:
+    """A row for each model and graph."""
+    rows = []
+    for lift in lifts:
+        for graph, errors in lift.errors.items():
+            gaps = [lift.against(other).get(graph) for other in (IDENTITY, SHUFFLED)]
+            against = [f"{gap.verdict}: {_change(gap)}" if gap else "–" for gap in gaps]
+            rows.append((f"{lift.model}, {graph}", _seeds(errors), *against))
+    return Table(
+        ("Model, graph", "Scaled MAE", f"Against {IDENTITY}, %", f"Against {SHUFFLED}, %"), rows, data
+    )
 
 
 def _papers(report: LadderReport, standings: Sequence[Standing]) -> Section:

@@ -14,7 +14,7 @@ that nothing was counted for is NaN in arrays and None in JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -385,53 +385,60 @@ def per_origin(
 
 @dataclass(frozen=True)
 class PerEntity:
-    """Absolute errors of each entity over the whole horizon, for medians beside the pooled figures."""
+    """Scaled errors of each entity over the whole horizon: a few bad entities can hide in a pooled figure.
+
+    N is one more than the highest position counted so far.
+    """
 
     n: Counts
     """[N, F] observed targets."""
-    abs_error: Floats
-    """[N, F] Σ |y − median forecast|."""
+    scaled_error: Floats
+    """[N, F] Σ |y − median forecast| ÷ the standard deviation of the training part."""
 
     @classmethod
-    def of(cls, y: ArrayLike, y_mask: ArrayLike, median: ArrayLike) -> PerEntity:
-        """The state of one batch; shapes and errors as in `Scores.of`."""
+    def zeros(cls, entities: int, metrics: int) -> PerEntity:
+        """Nothing counted yet; with 0 entities the neutral element of `+`."""
+        return cls(np.zeros((entities, metrics), np.int64), np.zeros((entities, metrics)))
+
+    @classmethod
+    def of(
+        cls, y: ArrayLike, y_mask: ArrayLike, median: ArrayLike, nodes: ArrayLike, scale: ArrayLike = 1.0
+    ) -> PerEntity:
+        """The state of one batch; shapes and errors as in `Scores.of`.
+
+        `nodes` [N] has the entities' positions among all; those at −1 are unknown and not counted.
+        """
         y, median, y_mask = np.asarray(y), np.asarray(median), np.asarray(y_mask, dtype=bool)
         _same_shape(y, y_mask=y_mask, median=median)
+        spread = np.broadcast_to(np.asarray(scale, np.float64), y.shape)
         # [N, F, points]: the same reduction as in Scores, with entities in the place of steps.
-        y, median, y_mask = (array.swapaxes(1, 2) for array in (y, median, y_mask))
+        y, median, y_mask, spread = (array.swapaxes(1, 2) for array in (y, median, y_mask, spread))
         seen = _points(y_mask)
-        error = _observed(y, seen, "y") - _observed(median, seen, "median")
-        return cls(n=seen.sum(-1), abs_error=np.abs(error).sum(-1))
+        error = np.abs(_observed(y, seen, "y") - _observed(median, seen, "median")) / _points(spread)
+        nodes = np.asarray(nodes, np.int64)
+        known = nodes >= 0
+        found = cls.zeros(int(nodes.max(initial=-1)) + 1, len(error[0]))
+        found.n[nodes[known]] = seen.sum(-1)[known]
+        found.scaled_error[nodes[known]] = error.sum(-1)[known]
+        return found
 
     def __add__(self, other: PerEntity) -> PerEntity:
-        """More windows of the same entities in the same order."""
-        _same_shape(self.n, entities=other.n)
-        return PerEntity(self.n + other.n, self.abs_error + other.abs_error)
+        """Both together, entity by entity."""
+        total = PerEntity.zeros(max(len(self.n), len(other.n)), self.n.shape[1])
+        for part in (self, other):
+            total.n[: len(part.n)] += part.n
+            total.scaled_error[: len(part.n)] += part.scaled_error
+        return total
 
-    @classmethod
-    def stack(cls, parts: Iterable[PerEntity]) -> PerEntity:
-        """The entities of several groups, one group after the other."""
-        parts = list(parts)
-        return cls(np.concatenate([p.n for p in parts]), np.concatenate([p.abs_error for p in parts]))
+    def scaled_mae(self) -> Floats:
+        """[N, F] of each entity; NaN where nothing was observed."""
+        return ratio(self.scaled_error, self.n)
 
-    def mae(self) -> Floats:
-        """[N, F] mean absolute error of each entity; NaN where nothing was observed."""
-        return ratio(self.abs_error, self.n)
-
-    def median_mae(self) -> Floats:
-        """[F] the median of the entities' MAE, over those with observed targets; NaN if there are none."""
-        errors = self.mae()
+    def median(self) -> Floats:
+        """[F] the median entity's scaled MAE, of those with observed targets; NaN if there are none."""
+        errors = self.scaled_mae()
         known = [column[np.isfinite(column)] for column in errors.T]
         return np.array([np.median(column) if column.size else np.nan for column in known])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists; nothing is rounded."""
-        return {"n": self.n.tolist(), "abs_error": self.abs_error.tolist()}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> PerEntity:
-        """What `to_json` gave."""
-        return cls(np.array(value["n"], np.int64), np.array(value["abs_error"], np.float64))
 
 
 # -- arrays --------------------------------------------------------------------------------------------------

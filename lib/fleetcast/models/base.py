@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fleetcast.config import Options
@@ -40,6 +42,11 @@ class Model(nn.Module, ABC):
     def outputs(self) -> tuple[int, int]:
         """(F, 1 + Q): what `raw` gives of each node and horizon step."""
         return len(self.geometry.metrics), 1 + len(self.geometry.quantiles)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are. A fitted model has buffers alone; one without any tensor is on the CPU."""
+        return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def forward(self, batch: Batch) -> Output:
         """Forecasts all windows of a batch; reads neither `y` nor `y_mask`.

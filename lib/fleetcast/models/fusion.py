@@ -44,6 +44,7 @@ PLAIN: dict[str, Any] = {
     **dict.fromkeys(("residual", "sequence", "seasonal", "own", "norm", "level"), False),
     "identity": 0,
     "direct": 0,
+    "dropout": 0.0,
 }
 
 
@@ -70,7 +71,7 @@ class FusionConfig(GraphConfig):
     identity: Annotated[int, Field(ge=0)] = 16
     """Width of a learned vector for each entity among its inputs; 0: none."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the features that training drops after each graph layer and in the head."""
+    """Share of the features that training drops in the head."""
     sequence: bool = True
     """Whether the GRU also reads the spatial features of every step; else only those of the last step count,
     through eq. 5."""
@@ -111,7 +112,6 @@ class Fusion(Model):
         self.convolutions = nn.ModuleList(
             GraphConvolution(a, b, config) for a, b in pairwise([inputs] + [hidden] * config.layers)
         )
-        self.dropout = nn.Dropout(config.dropout)
         self.gru = nn.GRU(inputs + hidden if config.sequence else inputs, hidden)
         self.balance = nn.Parameter(torch.zeros(()))
         self.head = (
@@ -137,11 +137,12 @@ class Fusion(Model):
 
     def candidates(self, batch: Batch) -> Candidates:
         """The edges that every step of a window chooses from."""
-        weight = self.graph.weight(batch)
-        if weight is not None:
-            return Candidates.learned(weight, self.config.neighbours, len(batch.x))
-        series = self.graph.relabelled(unit_series(batch.x, batch.mask))
-        return Candidates.union(self.graph.edges(batch), series, self.config.neighbours)
+        with torch.autocast(batch.x.device.type, enabled=False):  # rounding should not choose edges
+            weight = self.graph.weight(batch)
+            if weight is not None:
+                return Candidates.learned(weight, self.config.neighbours, len(batch.x))
+            series = self.graph.relabelled(unit_series(batch.x, batch.mask))
+            return Candidates.union(self.graph.edges(batch), series, self.config.neighbours)
 
     def _steps(self, batch: Batch) -> Tensor:
         """x of all steps, [L, M, inputs]."""
@@ -162,7 +163,7 @@ class Fusion(Model):
             adjacency = self.attention(steps, self.candidates(batch))
         h = steps
         for layer in self.convolutions:
-            h = self.dropout(layer(h, adjacency))
+            h = layer(h, adjacency)
         return h
 
 
@@ -322,7 +323,7 @@ def most_correlated(series: Tensor, neighbours: int) -> Tensor:
     def strongest(rows: Tensor) -> Tensor:
         correlation = series[:, rows] @ series.mT
         rank = (correlation / _TIE).round().double() * nodes - entities  # distinct whole numbers
-        rank[:, torch.arange(len(rows)), rows] = -torch.inf
+        rank[:, torch.arange(len(rows), device=rows.device), rows] = -torch.inf
         return rank.topk(count).indices
 
     blocks = entities.split(max(1, _BLOCK // (windows * nodes)))
@@ -501,7 +502,7 @@ def _dots(a: Tensor, b: Tensor, columns: Tensor, pointers: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR|invariant)")  # "beta" to torch
         values = a.new_zeros(len(columns))
-        entries = torch.sparse_csr_tensor(pointers, columns, values, (len(a), len(b)))
+        entries = torch.sparse_csr_tensor(pointers, columns, values, (len(a), len(b)), device=a.device)
         return torch.sparse.sampled_addmm(entries, a, b.T, beta=0).values()
 
 

@@ -144,7 +144,8 @@ class _Product(torch.autograd.Function):
 
 def _shuffle(nodes: int) -> Tensor:
     """[nodes] the place that each node's edges go to in a shuffled graph."""
-    return torch.randperm(nodes, generator=torch.Generator().manual_seed(_SHUFFLE))
+    generator = torch.Generator().manual_seed(_SHUFFLE)
+    return torch.randperm(nodes, generator=generator, device="cpu")  # a GPU would draw another one
 
 
 def _symmetric(index: Tensor, weight: Tensor, nodes: int) -> Tensor:

@@ -113,8 +113,8 @@ class Ridge(Fitted):
         x, missing = batch.x.permute(0, 2, 3, 1), ~batch.mask.permute(0, 2, 3, 1)
         parts = [torch.ones_like(x[..., :1]), x, missing]
         if self.others:
-            metrics = x.shape[2]
-            other = torch.tensor([[g for g in range(metrics) if g != f] for f in range(metrics)])
+            metrics = range(x.shape[2])
+            other = torch.tensor([[g for g in metrics if g != f] for f in metrics], device=x.device)
             parts += [x[..., -1][..., other], missing[..., -1][..., other]]
         return torch.cat(parts, -1)
 

@@ -21,20 +21,20 @@ from fleetcast.models.layers import DirectHead, HorizonHead
 from fleetcast.windows.batch import Batch
 
 #: The options that make it the paper's plain form.
-PLAIN = {"seasonal": False, "residual": False, "own": False, "direct": 0}
+PLAIN = {"seasonal": False, "residual": False, "own": False, "direct": 0, "dropout": 0.0}
 
 
 class StgnnConfig(GraphConfig):
     """Options of stgnn."""
 
-    hidden: Annotated[int, Field(ge=1)] = 64
+    hidden: Annotated[int, Field(ge=1)] = 48
     """Width of the graph layers, of the GRU and of the head."""
     layers: Annotated[int, Field(ge=1)] = 2
     """Graph convolution layers, hence how many edges far information travels within one step."""
     gru_layers: Annotated[int, Field(ge=1)] = 1
     """Stacked GRU layers."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the features that training drops after each graph layer and in the head."""
+    """Share of the features that training drops in the head."""
     seasonal: bool = True
     """Whether the head sees the values one season (a day, a week) before each target step."""
     direct: Annotated[int, Field(ge=0)] = 128
@@ -57,7 +57,6 @@ class Stgnn(Model):
         widths = [inputs] + [hidden] * config.layers
         self.graph = Graph(config, geometry)
         self.convolutions = nn.ModuleList(GraphConvolution(a, b) for a, b in pairwise(widths))
-        self.dropout = nn.Dropout(config.dropout)
         self.time = nn.Linear(geometry.calendar, hidden)
         self.own = nn.Linear(inputs, hidden, bias=False) if config.own else None
         self.gru = nn.GRU(hidden, hidden, config.gru_layers, batch_first=True)
@@ -81,7 +80,7 @@ class Stgnn(Model):
         adjacency = self.graph.symmetric(batch)
         h = features
         for layer in self.convolutions:
-            h = self.dropout(layer(h, adjacency))
+            h = layer(h, adjacency)
         if self.own is not None:
             h = h + self.own(features)
         return h + self.time(batch.time_x).repeat_interleave(nodes, dim=0)

@@ -86,9 +86,8 @@ class Run:
         optimizer = torch.optim.AdamW(
             [parameters], lr=options.learning_rate, weight_decay=options.weight_decay
         )
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
         levels = model.geometry.quantiles
-        return cls(model, optimizer, shards, options, levels, device, rank=rank, world=world)
+        return cls(model, optimizer, shards, options, levels, model.device, rank=rank, world=world)
 
     @property
     def model(self) -> Model:
@@ -102,8 +101,10 @@ def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
     Raises DivergedError with epoch and step if the loss is not finite or has exploded, or with the epoch if
     the validation's has.
     """
-    if isinstance(run.model, Fitted) and run.progress.epoch == 0:
-        _fit(run, run.model, save)
+    if isinstance(run.model, Fitted):
+        if run.progress.epoch == 0:
+            _fit(run, run.model, save)
+        return
     while not run.progress.finished(run.options):
         epoch = run.progress.epoch
         # An epoch's randomness comes from seed, epoch and rank alone, so a resumed run draws what an
@@ -146,7 +147,7 @@ def _fit(run: Run, model: Fitted, save: Callable[[Run, dict[str, float]], None])
     _check(val_loss, "the validation loss")
     run.best = dict(model.state_dict())
     figures = {"val_loss": val_loss, "seconds": time.monotonic() - started}
-    run.progress = Progress(run.options.epochs, val_loss, run.options.epochs - 1, [figures])
+    run.progress = Progress(1, val_loss, 0, [figures])
     if run.rank == 0:
         log.info("fitted in %.1f s: validation loss %.4f", figures["seconds"], val_loss)
     save(run, figures)

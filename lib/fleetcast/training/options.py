@@ -15,8 +15,8 @@ _FIELDS: dict[str, Any] = {
 }
 
 
-class FitOptions(Options):
-    """How a model is fitted; the same for every model."""
+class Budget(Options):
+    """What a fit may cost; the same for every model."""
 
     epochs: int = Field(20, ge=1)
     """Most passes over the training part."""
@@ -26,12 +26,17 @@ class FitOptions(Options):
     """Windows of one group in a batch, on each worker."""
     steps_per_epoch: int | None = Field(None, ge=1)
     """Batches of an epoch on each worker, drawn anew each time; all of them if not given."""
-    learning_rate: float = Field(2e-3, gt=0)
-    """Of AdamW; falls to zero along a cosine over the epochs."""
     weight_decay: float = Field(1e-4, ge=0)
     """Of AdamW."""
     clip_norm: float = Field(5.0, gt=0)
     """Largest norm of the gradient."""
+
+
+class FitOptions(Budget):
+    """How a model is fitted."""
+
+    learning_rate: float = Field(2e-3, gt=0)
+    """Of AdamW; falls to zero along a cosine over the epochs."""
     seed: int = Field(0, ge=0)
     """Of initial weights and the order of windows."""
 

@@ -56,12 +56,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on another device."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
+        # Work on a GPU waits for a copy to it; the CPU would read a copy that is still on its way.
+        later = torch.device(device).type != "cpu"
+
+        def moved(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=later)
+
+        tensors = {
+            field.name: moved(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name != "edges"
         }
-        edges = Edges(
-            self.edges.index.to(device, non_blocking=True), self.edges.weight.to(device, non_blocking=True)
-        )
-        return Batch(edges=edges, **moved)
+        return Batch(edges=Edges(moved(self.edges.index), moved(self.edges.weight)), **tensors)
