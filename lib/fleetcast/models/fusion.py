@@ -76,8 +76,8 @@ class FusionConfig(GraphConfig):
     """Whether the GRU also reads the spatial features of every step; else only those of the last step count,
     through eq. 5."""
     direct: Annotated[int, Field(ge=0)] = 128
-    """Width of a residual MLP that reads the blend and, past it, look-back, seasonal values and node identity;
-    0: the linear head of eq. 6."""
+    """Width of a residual MLP that reads the blend and, past it, look-back, seasonal values and node identity
+    (0: the linear head of eq. 6)."""
     seasonal: bool = True
     """Whether the residual MLP sees the values one season (a day, a week) before each target step as well."""
     own: bool = True
