@@ -4,13 +4,22 @@ import dataclasses
 
 import pytest
 import torch
-from fleetcast.models import MODELS, build
-from fleetcast.models.ast_gcn import AstGcn, TgcnCell
+from fleetcast.models import build
+from fleetcast.models.ast_gcn import TgcnCell
 from fleetcast.models.base import Model
 from fleetcast.models.graph import Adjacency
 from fleetcast.windows.batch import Edges
-from samples import GEOMETRY, NO_EDGES, NODES, PATH, affected, batch, forecast
-from test_stgnn import follower_batch
+from samples import (
+    FOLLOWER,
+    GEOMETRY,
+    NO_EDGES,
+    NODES,
+    PATH,
+    affected,
+    batch,
+    error_of_the_follower,
+    forecast,
+)
 
 
 def model(**options) -> Model:
@@ -101,29 +110,10 @@ def test_entities_it_was_not_trained_on_get_a_forecast():
 
 
 def test_it_learns_what_travels_along_the_edge():
-    geometry = GEOMETRY.model_copy(
-        update={
-            "history": 8,
-            "horizon": 2,
-            "metrics": ("cpu",),
-            "lags": (),
-            "calendar": 1,
-            "quantiles": (),
-            "entities": ("a", "b"),
-        }
-    )
-
-    def error_of_the_follower(edges: list[tuple[int, int]]) -> float:
+    def error(edges: list[tuple[int, int]]) -> float:
         torch.manual_seed(0)
-        module = AstGcn(MODELS["ast_gcn"](hidden=16), geometry)
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-        training = follower_batch(128, edges, seed=3)
-        for _ in range(80):
-            optimizer.zero_grad()
-            (module(training).mean - training.y).square().mean().backward()
-            optimizer.step()
-        test = follower_batch(128, edges, seed=4)
-        return float((forecast(module, test).mean - test.y)[:, :, 1].square().mean())
+        module = build("ast_gcn", {"hidden": 16}, FOLLOWER)
+        return error_of_the_follower(module, edges, steps=80, learning_rate=0.02, windows=128)
 
-    assert error_of_the_follower([]) > 0.9  # noise of variance 1: alone there is nothing to learn
-    assert error_of_the_follower([(0, 1)]) < 0.4
+    assert error([]) > 0.9, "noise of variance 1: alone there is nothing to learn"
+    assert error([(0, 1)]) < 0.4

@@ -10,8 +10,17 @@ from fleetcast.models.dgcrn import Dgcrn, diffuse
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Adjacency
 from fleetcast.windows.batch import Edges
-from samples import GEOMETRY, NO_EDGES, NODES, PATH, affected, batch, forecast
-from test_stgnn import follower_batch
+from samples import (
+    FOLLOWER,
+    GEOMETRY,
+    NO_EDGES,
+    NODES,
+    PATH,
+    affected,
+    batch,
+    error_of_the_follower,
+    forecast,
+)
 
 
 def model(geometry: Geometry = GEOMETRY, **options) -> Dgcrn:
@@ -153,20 +162,10 @@ def test_steps_that_are_computed_twice_have_the_same_gradients(monkeypatch):
 
 
 def test_it_learns_what_travels_along_the_edge():
-    geometry = Geometry(
-        history=8, horizon=2, metrics=("cpu",), lags=(), calendar=1, quantiles=(), entities=("a", "b")
-    )
+    def error(edges: list[tuple[int, int]]) -> float:
+        return error_of_the_follower(
+            still(model(FOLLOWER, hidden=16)), edges, steps=40, learning_rate=0.02, windows=192
+        )
 
-    def error_of_the_follower(edges: list[tuple[int, int]]) -> float:
-        module = still(model(geometry, hidden=16))
-        optimizer = torch.optim.Adam(filter(lambda p: p.requires_grad, module.parameters()), lr=0.02)
-        training = follower_batch(192, edges, seed=3)
-        for _ in range(40):
-            optimizer.zero_grad()
-            (module(training).mean - training.y).square().mean().backward()
-            optimizer.step()
-        test = follower_batch(256, edges, seed=4)
-        return float((forecast(module, test).mean - test.y)[:, :, 1].square().mean())
-
-    assert error_of_the_follower([]) > 0.9  # noise of variance 1: alone there is nothing to learn
-    assert error_of_the_follower([(0, 1)]) < 0.4
+    assert error([]) > 0.9, "noise of variance 1: alone there is nothing to learn"
+    assert error([(0, 1)]) < 0.4

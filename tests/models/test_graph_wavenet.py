@@ -10,8 +10,16 @@ from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Adjacency, gather, transposed
 from fleetcast.models.graph_wavenet import Diffusion, GraphWavenet, GraphWavenetConfig
 from fleetcast.windows.batch import Edges
-from samples import GEOMETRY, NO_EDGES, NODES, PATH, affected, batch, forecast
-from test_stgnn import follower_batch
+from samples import (
+    FOLLOWER,
+    GEOMETRY,
+    NO_EDGES,
+    NODES,
+    PATH,
+    affected,
+    batch,
+    error_of_the_follower,
+)
 from torch.nn.functional import batch_norm
 
 SMALL = {"hidden": 8, "skip": 8, "end": 8}
@@ -159,21 +167,10 @@ def test_the_forward_pass_is_the_published_one():
         )
 
 
-def error_of_the_follower(edges: list[tuple[int, int]], **options) -> float:
-    geometry = Geometry(
-        history=8, horizon=2, metrics=("cpu",), lags=(), calendar=1, quantiles=(), entities=("a", "b")
-    )
-    module = model(geometry, blocks=1, hidden=16, skip=32, end=32, dropout=0, **options)
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.003)
-    training = follower_batch(256, edges, seed=3)
-    for _ in range(120):
-        optimizer.zero_grad()
-        (module(training).mean - training.y).square().mean().backward()
-        optimizer.step()
-    test = follower_batch(256, edges, seed=4)
-    return float((forecast(module, test).mean - test.y)[:, :, 1].square().mean())
-
-
 def test_it_learns_what_travels_along_the_edge_and_finds_it_itself():
-    assert error_of_the_follower([(0, 1)]) < 0.4
-    assert error_of_the_follower([], graph="learned") < 0.4
+    def error(edges: list[tuple[int, int]], **options) -> float:
+        module = model(FOLLOWER, blocks=1, hidden=16, skip=32, end=32, dropout=0, **options)
+        return error_of_the_follower(module, edges, steps=120, learning_rate=0.003)
+
+    assert error([(0, 1)]) < 0.4
+    assert error([], graph="learned") < 0.4

@@ -4,13 +4,23 @@ import dataclasses
 
 import pytest
 import torch
-from fleetcast.models import MODELS, build
+from fleetcast.models import build
 from fleetcast.models.base import Model
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Adjacency
-from fleetcast.models.stgnn import PLAIN, Stgnn
-from fleetcast.windows.batch import Batch, Edges
-from samples import GEOMETRY, NO_EDGES, NODES, PATH, affected, batch, forecast
+from fleetcast.models.stgnn import PLAIN
+from fleetcast.windows.batch import Edges
+from samples import (
+    FOLLOWER,
+    GEOMETRY,
+    NO_EDGES,
+    NODES,
+    PATH,
+    affected,
+    batch,
+    error_of_the_follower,
+    forecast,
+)
 
 
 def model(geometry: Geometry = GEOMETRY, **options) -> Model:
@@ -91,46 +101,11 @@ def test_the_plain_form_reads_nothing_seasonal():
     assert torch.equal(forecast(module, inputs).mean, forecast(module, other).mean)
 
 
-def follower_batch(windows: int, edges_of_window: list[tuple[int, int]], seed: int) -> Batch:
-    """Two nodes; node 1 repeats node 0, which is noise, three steps later. Two targets."""
-    geometry = Geometry(
-        history=8, horizon=2, metrics=("cpu",), lags=(), calendar=1, quantiles=(), entities=("a", "b")
-    )
-    noise = torch.randn(windows, 8 + 2 + 3, generator=torch.Generator().manual_seed(seed))
-    series = torch.stack([noise[:, 3:], noise[:, :-3]], dim=2)[..., None]
-    pairs = torch.tensor(edges_of_window, dtype=torch.long).reshape(-1, 2).T
-    index = (pairs[:, None] + 2 * torch.arange(windows)[:, None]).flatten(1)
-    whole = batch(windows, 2, geometry, Edges(index, torch.ones(index.shape[1])))
-    seen = torch.ones(windows, 10, 2, 1, dtype=torch.bool)
-    return dataclasses.replace(
-        whole,
-        x=series[:, :8],
-        mask=seen[:, :8],
-        y=series[:, 8:],
-        y_mask=seen[:, 8:],
-        time_x=torch.zeros_like(whole.time_x),
-        time_y=torch.zeros_like(whole.time_y),
-    )
-
-
 @pytest.mark.parametrize("options", [{}, PLAIN])
 def test_it_learns_what_travels_along_the_edge(options):
-    geometry = Geometry(
-        history=8, horizon=2, metrics=("cpu",), lags=(), calendar=1, quantiles=(), entities=("a", "b")
-    )
+    def error(edges: list[tuple[int, int]]) -> float:
+        module = model(FOLLOWER, **{"hidden": 24, "layers": 1} | options)
+        return error_of_the_follower(module, edges, steps=150, learning_rate=0.01)
 
-    def error_of_the_follower(edges: list[tuple[int, int]]) -> float:
-        torch.manual_seed(0)
-        module = Stgnn(MODELS["stgnn"](hidden=24, layers=1, **options), geometry)
-        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-        training = follower_batch(256, edges, seed=3)
-        for _ in range(150):
-            optimizer.zero_grad()
-            (module(training).mean - training.y).square().mean().backward()
-            optimizer.step()
-        test = follower_batch(256, edges, seed=4)
-        return float((forecast(module, test).mean - test.y)[:, :, 1].square().mean())
-
-    alone = error_of_the_follower([])
-    assert alone > 0.9  # noise of variance 1: alone there is nothing to learn
-    assert error_of_the_follower([(0, 1)]) < 0.4
+    assert error([]) > 0.9, "noise of variance 1: alone there is nothing to learn"
+    assert error([(0, 1)]) < 0.4

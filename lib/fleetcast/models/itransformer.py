@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fleetcast.models.base import Model, ModelConfig
 from fleetcast.models.geometry import Geometry
-from fleetcast.models.patchtst import Level
+from fleetcast.models.layers import Level
 from fleetcast.windows.batch import Batch
 
 

@@ -1,8 +1,9 @@
-"""Layers that models share: node embeddings, a head for all horizon steps, the blend of naive forecasts."""
+"""Layers that models share: node embeddings, heads for all horizon steps, naive blend, level."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +142,32 @@ def _last_observed(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     latest = (mask * step).amax(1)
     value = x.gather(1, (latest - 1).clamp(min=0)[:, None]).squeeze(1)
     return torch.where(latest > 0, value, 0), latest > 0
+
+
+@dataclass(frozen=True)
+class Level:
+    """RevIN without its affine map (Kim et al., ICLR 2022): where each series of a window lies and how far it
+    swings, over what was observed."""
+
+    mean: Tensor
+    """[B, 1, N, F]; zero where nothing was observed."""
+    deviation: Tensor
+    """[B, 1, N, F], of the population."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Level:
+        """The levels of a batch's look-backs."""
+        count = batch.mask.sum(1, keepdim=True).clamp_min(1)
+        mean = torch.where(batch.mask, batch.x, 0).sum(1, keepdim=True) / count
+        spread = torch.where(batch.mask, batch.x - mean, 0).square().sum(1, keepdim=True) / count
+        return cls(mean, (spread + 1e-5).sqrt())
+
+    def remove(self, batch: Batch) -> Tensor:
+        """[B, L, N, F] the look-back relative to its level, which stands in for what was not observed: a
+        filling from elsewhere may lie many deviations away."""
+        return torch.where(batch.mask, (batch.x - self.mean) / self.deviation, 0)
+
+    def restore(self, outputs: Tensor, mean: bool) -> Tensor:
+        """[B, H, N, F, 1 + Q] in the units of `x`; offsets from a naive forecast take no `mean`."""
+        outputs = outputs * self.deviation[..., None]
+        return outputs + self.mean[..., None] if mean else outputs

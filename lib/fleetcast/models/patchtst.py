@@ -7,7 +7,6 @@ steps. In training, but not in evaluation, a window's forecast depends on the ot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from fleetcast.errors import InputError
 from fleetcast.models.base import Model, ModelConfig
 from fleetcast.models.geometry import Geometry
+from fleetcast.models.layers import Level
 from fleetcast.windows.batch import Batch
 
 
@@ -133,32 +133,3 @@ class EncoderLayer(nn.Module):
 
     def _normalised(self, which: int, h: Tensor) -> Tensor:
         return self.norms[which](h.flatten(0, 1)).view_as(h)
-
-
-@dataclass(frozen=True)
-class Level:
-    """RevIN without its affine map (Kim et al., ICLR 2022): where each series of a window lies and how far it
-    swings, over what was observed."""
-
-    mean: Tensor
-    """[B, 1, N, F]; zero where nothing was observed."""
-    deviation: Tensor
-    """[B, 1, N, F], of the population."""
-
-    @classmethod
-    def of(cls, batch: Batch) -> Level:
-        """The levels of a batch's look-backs."""
-        count = batch.mask.sum(1, keepdim=True).clamp_min(1)
-        mean = torch.where(batch.mask, batch.x, 0).sum(1, keepdim=True) / count
-        spread = torch.where(batch.mask, batch.x - mean, 0).square().sum(1, keepdim=True) / count
-        return cls(mean, (spread + 1e-5).sqrt())
-
-    def remove(self, batch: Batch) -> Tensor:
-        """[B, L, N, F] the look-back relative to its level, which stands in for what was not observed: a
-        filling from elsewhere may lie many deviations away."""
-        return torch.where(batch.mask, (batch.x - self.mean) / self.deviation, 0)
-
-    def restore(self, outputs: Tensor, mean: bool) -> Tensor:
-        """[B, H, N, F, 1 + Q] in the units of `x`; offsets from a naive forecast take no `mean`."""
-        outputs = outputs * self.deviation[..., None]
-        return outputs + self.mean[..., None] if mean else outputs
