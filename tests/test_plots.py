@@ -33,13 +33,13 @@ def test_the_size_of_an_image_does_not_grow_with_the_points():
     def size(points):
         figure, (axes,) = plots.subplots("load")
         axes.plot(np.linspace(0, 1, points), np.sin(np.linspace(0, 20, points)))
-        return len(plots.data_uri(figure))
+        return len(plots.png(figure))
 
     assert size(100_000) < 2 * size(200)
 
 
 def test_an_image_is_a_png():
     figure, _ = plots.subplots("load")
-    head, data = plots.data_uri(figure).split(",")
+    head, data = plots.data_uri(plots.png(figure)).split(",")
     assert head == "data:image/png;base64"
     assert base64.b64decode(data).startswith(b"\x89PNG")

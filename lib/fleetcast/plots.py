@@ -3,7 +3,7 @@
 figure, (axes,) = plots.subplots(ylabel="CPU time, fraction of capacity")
 plots.line(axes, time, history, "observed", plots.OBSERVED)
 plots.fan(axes, time, mean, {"90 %": (q05, q95), "50 %": (q25, q75)})
-html = f'<img src="{plots.data_uri(figure)}">'
+html = f'<img src="{plots.data_uri(plots.png(figure))}">'
 """
 
 from __future__ import annotations
@@ -104,11 +104,16 @@ def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:
     )
 
 
-def data_uri(figure: Figure, dpi: int = 200) -> str:
-    """The figure as a PNG to embed in a page: its size does not grow with the number of points."""
+def png(figure: Figure, dpi: int = 200) -> bytes:
+    """The figure as a PNG: its size does not grow with the number of points."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(image: bytes) -> str:
+    """A PNG to embed in a page."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def _dates(axes: Axes) -> None:

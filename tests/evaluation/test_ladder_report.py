@@ -16,8 +16,7 @@ from fleetcast.evaluation.ladder_report import (
     LadderReport,
     PaperRun,
     Stopped,
-    render_html,
-    render_markdown,
+    render,
     verdict,
 )
 from fleetcast.evaluation.metrics import PerEntity, Scores, per_origin
@@ -126,13 +125,23 @@ def report(**changes):
 
 
 @pytest.fixture(scope="module")
-def page():
-    return render_html(report())
+def pages():
+    return render(report())
 
 
 @pytest.fixture(scope="module")
-def markdown():
-    return render_markdown(report())
+def page(pages):
+    return pages.html
+
+
+@pytest.fixture(scope="module")
+def markdown(pages):
+    return pages.markdown
+
+
+def text_of(report):
+    """Its Markdown, without plots."""
+    return render(report, pictures=False).markdown
 
 
 def rows(markdown, heading):
@@ -148,6 +157,13 @@ def rows(markdown, heading):
         cells = [cell.strip() for cell in line.strip("|").replace("\\|", "¦").split("|")]
         found[cells[0]] = dict(zip(names, cells, strict=True))
     return found
+
+
+def test_the_plots_of_the_markdown_are_files_beside_it(pages):
+    shown = re.findall(r"!\[.+\]\(plots/(.+)\)", pages.markdown)
+    assert sorted(shown) == sorted(pages.plots), "each once"
+    assert all(image.startswith(b"\x89PNG") for image in pages.plots.values())
+    assert len(shown) == pages.html.count("<img ")
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -300,7 +316,7 @@ def test_words_say_whether_the_true_graph_pays(markdown):
 
 def test_the_plot_of_the_graphs_has_an_interval_for_each(monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, "data_uri", lambda figure: figures.append(figure) or "data:,")
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
     ladder_plots.lift("machines", LIFTS)
     drawn = {bars.get_label(): bars.lines for bars in figures[0].axes[0].containers}
     assert list(drawn) == ["true", "shuffled", "learned"]
@@ -314,10 +330,10 @@ def test_the_plot_of_the_graphs_has_an_interval_for_each(monkeypatch):
 
 def test_a_model_without_the_identity_graph_is_listed_and_not_drawn():
     alone = report(data=[], papers=[], graph_lift=[lift("fusion", true=0.05, learned=0.04)])
-    text = render_markdown(alone)
+    text = text_of(alone)
     assert "the true graph of fusion was held against no other." in text
     assert rows(text, "## What the graph is worth")["fusion, true"]["Against identity, %"] == "–"
-    assert "what the graph changes" not in Page(render_html(alone)).text
+    assert "what the graph changes" not in Page(render(alone, pictures=False).html).text
 
 
 def test_the_papers_figures_stand_beside_ours_on_named_data(markdown):
@@ -334,14 +350,14 @@ def test_the_papers_figures_stand_beside_ours_on_named_data(markdown):
 
 def test_skill_without_a_week_before_is_against_yesterday():
     given = data_set([NAIVE[0], NAIVE[1], MODELS[2]])
-    text = render_markdown(report(data=[given], papers=[]))
+    text = text_of(report(data=[given], papers=[]))
     found = rows(text, "**machines: scaled MAE")
     assert found["same time yesterday"]["Skill"] == "0.0 %"
 
 
 def test_a_rung_that_stopped_everywhere_is_named_and_ranks_nowhere():
     given = data_set([*NAIVE, Rung("informer", "sequence", {})])
-    text = render_markdown(report(data=[given]))
+    text = text_of(report(data=[given]))
     assert rows(text, "## The ladder")["informer"]["machines: skill"] == "–"
     assert "informer" not in rows(text, "**machines: scaled MAE")
     assert rows(text, "## What was stopped")["informer"]["Data"] == "machines"
@@ -349,7 +365,7 @@ def test_a_rung_that_stopped_everywhere_is_named_and_ranks_nowhere():
 
 def test_a_report_without_anything_says_so():
     empty = data_set([Rung("informer", "sequence", {})])
-    text = Page(render_html(report(data=[empty], stopped=[], graph_lift=[], papers=[]))).text
+    text = Page(render(report(data=[empty], stopped=[], graph_lift=[], papers=[]), pictures=False).html).text
     for sentence in (
         "machines: no forecast was scored.",
         "Every trial came to its end.",
@@ -357,7 +373,7 @@ def test_a_report_without_anything_says_so():
         "No paper’s table was rerun.",
     ):
         assert sentence in text
-    assert "The search" in Page(render_html(report(data=[], papers=[]))).text
+    assert "The search" in Page(render(report(data=[], papers=[]), pictures=False).html).text
 
 
 @pytest.mark.parametrize(
@@ -405,24 +421,28 @@ def test_a_gain_is_positive_in_words_and_its_interval_rises():
 
 def test_one_window_leaves_intervals_unknown():
     rungs = [rung(name, "naive", spread, 1, origins=1) for name, spread in (("a", 0.1), ("b", 0.2))]
-    cell = rows(render_markdown(report(data=[data_set(rungs)])), "**machines: scaled MAE")["b"]
+    cell = rows(text_of(report(data=[data_set(rungs)])), "**machines: scaled MAE")["b"]
     assert cell["Against the best, %"].endswith(" (– to –)")
 
 
 def test_entities_of_earlier_versions_are_unknown():
     seeds = {0: dataclasses.replace(NAIVE[0].seeds[0], entities=None)}
-    text = render_markdown(report(data=[data_set([dataclasses.replace(NAIVE[0], seeds=seeds)])]))
+    text = render(
+        report(data=[data_set([dataclasses.replace(NAIVE[0], seeds=seeds)])]), pictures=False
+    ).markdown
     found = rows(text, "**machines, cpu (CPU")["last value"]
     assert found["of the median entity"] == "–" and found["Scaled MAE"] != "–"
 
 
 def test_without_thresholds_the_report_says_so():
     seeds = {0: dataclasses.replace(NAIVE[0].seeds[0], peaks=None)}
-    text = render_markdown(report(data=[data_set([dataclasses.replace(NAIVE[0], seeds=seeds)])]))
+    text = render(
+        report(data=[data_set([dataclasses.replace(NAIVE[0], seeds=seeds)])]), pictures=False
+    ).markdown
     assert "No thresholds of high load were given." in text
 
 
 def test_rungs_on_other_targets_are_refused():
     other = rung("dlinear", "sequence", 0.05, origins=ORIGINS - 1)
     with pytest.raises(InputError, match="cover other origins"):
-        render_markdown(report(data=[data_set([*NAIVE, other])]))
+        text_of(report(data=[data_set([*NAIVE, other])]))

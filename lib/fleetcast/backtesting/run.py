@@ -20,7 +20,7 @@ from fleetcast.backtesting.options import BacktestOptions
 from fleetcast.backtesting.plan import Rung, Trial, rungs
 from fleetcast.errors import InputError
 from fleetcast.evaluation import peaks
-from fleetcast.evaluation.ladder_report import Stopped, render_html, render_markdown
+from fleetcast.evaluation.ladder_report import PLOTS, Stopped, render
 from fleetcast.provenance import provenance
 from fleetcast.runtime import Failed, tasks
 from fleetcast.store import MANIFEST, Store
@@ -49,10 +49,12 @@ def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
     trials, stopped = work.search()
     stopped += work.run(trials)
     report = results.collect(results_store, work.data, trials, stopped, options)
-    with results_store.write(f"{options.name}/report.html") as file:
-        file.write(render_html(report).encode())
-    with results_store.write(f"{options.name}/report.md") as file:
-        file.write(render_markdown(report).encode())
+    pages = render(report)
+    files = {"report.html": pages.html.encode(), "report.md": pages.markdown.encode()}
+    files |= {f"{PLOTS}/{name}": image for name, image in pages.plots.items()}
+    for name, content in files.items():
+        with results_store.write(f"{options.name}/{name}") as file:
+            file.write(content)
     results_store.write_table(f"{options.name}/ladder.parquet", results.table(report).to_arrow())
     results_store.write_json(f"{options.name}/options.json", options.model_dump(mode="json"))
     return {

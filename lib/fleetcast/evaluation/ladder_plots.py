@@ -148,7 +148,7 @@ def skills(standings: Sequence[Standing], order: Sequence[str]) -> Picture:
     # One rung far off would press all others together.
     axes.set_xlim(left=max(axes.get_xlim()[0], -100))
     plots.legend(figure, axes, columns=2)
-    return Picture("Skill on every data set", plots.data_uri(figure), "Skill of every rung on every data set")
+    return Picture("Skill on every data set", plots.png(figure), "Skill of every rung on every data set")
 
 
 def lift(data: str, lifts: Sequence[GraphLift]) -> Picture | None:
@@ -185,7 +185,7 @@ def lift(data: str, lifts: Sequence[GraphLift]) -> Picture | None:
     plots.legend(figure, axes, columns=3)
     return Picture(
         f"{data}: what the graph changes",
-        plots.data_uri(figure),
+        plots.png(figure),
         f"{data}: error of each graph model with each kind of graph against the identity graph, "
         "and its interval of 95 %",
     )
@@ -208,5 +208,5 @@ def _lines(
 def _picture(standing: Standing, title: str, figure: Figure) -> Picture:
     names = ", ".join(standing.shown)
     return Picture(
-        f"{standing.data.name}: {title}", plots.data_uri(figure), f"{standing.data.name}, {title} of {names}"
+        f"{standing.data.name}: {title}", plots.png(figure), f"{standing.data.name}, {title} of {names}"
     )

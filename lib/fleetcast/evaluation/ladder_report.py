@@ -2,8 +2,8 @@
 
     rung = Rung("ridge", "statistical", seeds={0: measured})
     report = LadderReport(title="…", data=[DataSet(…, rungs=[rung, …])], search="…")
-    render_html(report)      # needs nothing but itself: style and plots are inside
-    render_markdown(report)  # the same words and tables without plots
+    render(report).html      # needs nothing but itself: style and plots are inside
+    render(report).markdown  # the same words and tables, with its plots as files
 
 Both are written from the same sections, so they cannot disagree.
 """
@@ -11,6 +11,7 @@ Both are written from the same sections, so they cannot disagree.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from fleetcast.schemas import describe
 
 #: Quantiles whose alarms and provisioning the tables show, where the forecasts have them.
 LEVELS = (0.5, 0.9, 0.99)
+#: The folder of the plots beside the Markdown page.
+PLOTS = "plots"
 _TIES_NAMED = 3
 
 
@@ -87,31 +90,44 @@ class Section:
     level: int = 2
 
 
-def render_html(report: LadderReport) -> str:
-    """The whole page. Raises InputError if rungs of a data set did not count the same targets."""
-    standings = [Standing.of(data) for data in report.data]
-    return template("ladder.html.j2").render(
-        title=report.title,
-        verdicts=[verdict(standing) for standing in standings],
-        sections=sections(report, standings),
-    )
+@dataclass(frozen=True)
+class Pages:
+    """The report in the forms in which it is read."""
+
+    html: str
+    """One page that needs nothing but itself."""
+    markdown: str
+    """The same words and tables; its plots are the files below."""
+    plots: dict[str, bytes]
+    """File name → PNG."""
 
 
-def render_markdown(report: LadderReport) -> str:
-    """The same without plots. Raises as `render_html`."""
+def render(report: LadderReport, pictures: bool = True) -> Pages:
+    """The whole report; plots take time and may be left out.
+
+    Raises InputError if rungs of a data set did not count the same targets.
+    """
     standings = [Standing.of(data) for data in report.data]
-    lines = [
-        f"# {_plain(report.title)}",
-        "",
-        *(f"- {_plain(verdict(standing))}" for standing in standings),
-        "",
-    ]
-    for section in sections(report, standings, pictures=False):
+    found, verdicts = sections(report, standings, pictures), [verdict(standing) for standing in standings]
+    page = template("ladder.html.j2").render(title=report.title, verdicts=verdicts, sections=found)
+    files = {_file(picture): picture.png for section in found for picture in section.pictures}
+    return Pages(page, _markdown_page(report.title, verdicts, found), files)
+
+
+def _file(picture: Picture) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", picture.title.lower()).strip("-") + ".png"
+
+
+def _markdown_page(title: str, verdicts: Sequence[str], found: Sequence[Section]) -> str:
+    lines = [f"# {_plain(title)}", "", *(f"- {_plain(words)}" for words in verdicts), ""]
+    for section in found:
         lines += [f"{'#' * section.level} {_plain(section.title)}", ""]
         for words in section.words:
             lines += [_plain(words), ""]
         for table in section.tables:
             lines += ([f"**{_plain(table.title)}**", ""] if table.title else []) + [*_markdown(table), ""]
+        for picture in section.pictures:
+            lines += [f"![{_plain(picture.alt)}]({PLOTS}/{_file(picture)})", ""]
     return "\n".join(lines)
 
 

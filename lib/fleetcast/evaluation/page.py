@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from fleetcast import plots
 from fleetcast.schemas import describe
 
 
@@ -65,9 +66,13 @@ class Picture:
     """One plot of the page, its title and a description for those who cannot see it."""
 
     title: str
-    image: str
-    """A data URI."""
+    png: bytes
     alt: str
+
+    @property
+    def image(self) -> str:
+        """A data URI, to embed in a page."""
+        return plots.data_uri(self.png)
 
 
 def lead_time(axes: Axes, horizon: int, step: int) -> NDArray[np.float64]:

@@ -227,7 +227,7 @@ def _forecast_plot(title: str, quantity: str, history: pl.DataFrame, forecast: p
     plots.fan(axes, forecast["time"].to_numpy(), forecast["mean"].to_numpy(), bands)
     plots.legend(figure, axes)
     alt = f"{title}: {quantity}, observed and forecast with 50 % and 90 % intervals"
-    return Picture(title, plots.data_uri(figure), alt)
+    return Picture(title, plots.png(figure), alt)
 
 
 _BANDS = (("90 %", "q05", "q95"), ("50 %", "q25", "q75"))
@@ -244,7 +244,7 @@ def _horizon_plot(report: NightlyReport, f: int) -> Picture:
         axes.plot(ahead, m.mae(scores)[:, f], label=name, zorder=front, marker=marker)
     axes.set_ylim(bottom=0)
     plots.legend(figure, axes, columns=2)
-    return Picture(metric, plots.data_uri(figure), f"{metric}: mean absolute error by lead time, every rung")
+    return Picture(metric, plots.png(figure), f"{metric}: mean absolute error by lead time, every rung")
 
 
 @dataclass(frozen=True)
@@ -268,4 +268,4 @@ def _calibration(report: NightlyReport, scores: Scores) -> Calibration:
     plots.legend(figure, axes, columns=3)
     alt = f"{report.model}: observed share of targets at or below each quantile against its level"
     rows = [(level, [float(share) for share in observed[:, q]]) for q, level in enumerate(scores.levels)]
-    return Calibration(Picture("Quantiles", plots.data_uri(figure), alt), rows)
+    return Calibration(Picture("Quantiles", plots.png(figure), alt), rows)
