@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 from fleetcast.errors import InputError
+from fleetcast.evaluation.ladder_report import render
 from fleetcast.runtime import Failed
 from fleetcast.training.loop import DivergedError
 
@@ -56,7 +58,7 @@ def in_process() -> Iterator[InProcess]:
 @pytest.fixture
 def tasks(in_process, monkeypatch) -> InProcess:
     """The same, with nothing counted yet, and reports without plots, which take most of the time."""
-    monkeypatch.setattr("fleetcast.backtesting.run.render_html", lambda report: "no plots")
+    monkeypatch.setattr("fleetcast.backtesting.run.render", partial(render, pictures=False))
     in_process.done.clear()
     in_process.dies_after = None
     return in_process
