@@ -70,7 +70,7 @@ def test_a_model_told_to_see_another_graph_is_that_model_and_no_variant():
 def test_a_papers_experiment_is_its_table_in_the_published_form(paper, table, beside):
     given: dict[str, Any] = {"mlp": {"hidden": 8, "residual": True}}
     ladder = rungs(BacktestOptions(paper=paper, models=("ridge",), options=given))
-    assert [rung.name for rung in ladder] == ["naive", *table.rungs.values(), *beside]
+    assert [rung.name for rung in ladder] == ["naive", *table.rungs.values(), *beside, "ridge", "lightgbm"]
     for rung in ladder[1:]:
         assert rung.model == rung.name
         assert rung.options["residual"] is False

@@ -16,8 +16,9 @@ from fleetcast.store import fingerprint
 from fleetcast.training.options import FitOptions
 
 PAPERS: dict[str, PaperTable] = {"fusion": FUSION, "stgnn": STGNN}
-#: Rungs beside those of the paper's own table.
-_BESIDE = {"fusion": (), "stgnn": ("ast_gcn",)}
+#: Rungs beside those of the paper's own table: what a name in it may also mean, and what no result stands
+#: without.
+_BESIDE = {"fusion": ("ridge", "lightgbm"), "stgnn": ("ast_gcn", "ridge", "lightgbm")}
 _PLAIN: dict[str, dict[str, Any]] = {"fusion": PLAIN_FUSION, "stgnn": PLAIN_STGNN}
 #: What no published baseline has: the blend of naive forecasts, and values of seasons past the look-back.
 _BEYOND = ("residual", "seasonal")
