@@ -104,8 +104,8 @@ class BacktestOptions(SourceOptions):
     lift: tuple[str, ...] = ()
     """Graph models that are also trained on no graph, a shuffled and a learned one."""
     paper: Literal["fusion", "stgnn"] | None = None
-    """Runs the models of a paper's table in their published form, instead of `models`, and beside them ridge and
-    LightGBM."""
+    """Runs the models of a paper's table in their published form instead of `models`, with ridge and LightGBM
+    beside them."""
     cpus_per_trial: float = Field(1, gt=0)
     """CPUs that Ray keeps for a trial, and its threads; fractions are allowed."""
     gpus_per_trial: float = Field(0, ge=0)
