@@ -113,8 +113,7 @@ def _data_set(data: Data, rungs: Sequence[Rung]) -> DataSet:
         step=m.step,
         horizon=m.horizon,
         split=f"{days[0]} days of training, {days[1]} of validation, {days[2]} of test; look-back "
-        f"{duration(m.history * m.step)}, horizon {duration(m.horizon * m.step)}, "
-        f"in steps of {duration(m.step)}",
+        f"{duration(m.history * m.step)}",
         entities=m.entities,
         windows=m.windows("test"),
         rungs=rungs,
