@@ -64,7 +64,18 @@ class Config(LoaderOptions, BenchConfig):
 
 
 #: The parts of a batch that a materialised dataset copies per window.
-_COPIED = ("x", "mask", "time_x", "time_y", "y", "y_mask", "seasonal", "seasonal_mask")
+_COPIED = (
+    "x",
+    "mask",
+    "time_x",
+    "time_y",
+    "y",
+    "y_mask",
+    "seasonal_x",
+    "seasonal_x_mask",
+    "seasonal",
+    "seasonal_mask",
+)
 
 
 class Materialised:

@@ -274,6 +274,8 @@ def _batch(case: Case) -> Batch:
         mask=seen,
         time_x=torch.randn(b, _STEPS, FEATURES),
         time_y=torch.randn(b, _STEPS, FEATURES),
+        seasonal_x=torch.randn(b, _STEPS, n, 1, 1),
+        seasonal_x_mask=seen[..., None],
         seasonal=torch.randn(b, _STEPS, n, 1, 1),
         seasonal_mask=seen[..., None],
         edges=Edges(index, torch.rand(pairs.shape[1]).repeat(b) + 0.1),

@@ -18,6 +18,8 @@ def batch() -> Batch:
         mask=torch.ones(B, L, N, F, dtype=torch.bool),
         time_x=torch.zeros(B, L, 2),
         time_y=torch.zeros(B, H, 2),
+        seasonal_x=torch.zeros(B, L, N, F, S),
+        seasonal_x_mask=torch.zeros(B, L, N, F, S, dtype=torch.bool),
         seasonal=seasonal.clone(),
         seasonal_mask=torch.ones(B, H, N, F, S, dtype=torch.bool),
         edges=Edges(torch.zeros(2, 0, dtype=torch.int64), torch.zeros(0)),

@@ -44,6 +44,8 @@ def batch(
         nodes=torch.arange(nodes),
         y=torch.randn(future, generator=random),
         y_mask=torch.rand(future, generator=random) < 0.8,
+        seasonal_x=torch.randn(*past, len(geometry.lags), generator=random),
+        seasonal_x_mask=torch.rand(*past, len(geometry.lags), generator=random) < 0.8,
         origins=torch.arange(windows),
     )
 

@@ -262,7 +262,7 @@ def damaged(state: torch.Tensor) -> torch.Tensor:
         (damaged, "the text of the trees is damaged"),
         (lambda state: state[:0], "the text of the trees is damaged"),
         (lambda state: state.float(), r"tensor _extra_state is torch.float32"),
-        (lambda _: other(GEOMETRY.model_copy(update={"lags": ()})), "expected trees of 15 features"),
+        (lambda _: other(GEOMETRY.model_copy(update={"lags": ()})), "expected trees of 19 features"),
         (
             lambda _: other(GEOMETRY.model_copy(update={"quantiles": ()})),
             "expected for each of 2 metrics none or 4 models",

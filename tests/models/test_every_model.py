@@ -34,6 +34,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "stid": {"embedding": 4, "dropout": 0},
     "transformer": {"hidden": 8, "dropout": 0},
 }
+#: What a batch has for each node.
+BY_NODE = ("x", "mask", "seasonal_x", "seasonal_x_mask", "seasonal", "seasonal_mask", "y", "y_mask")
 #: Further forms of a model, beside the default one.
 FORMS: list[tuple[str, dict[str, Any]]] = [
     ("ast_gcn", {"static": 0}),
@@ -175,10 +177,7 @@ def test_relabelling_the_nodes_permutes_the_output(name):
     index = inputs.edges.index
     relabelled = dataclasses.replace(
         inputs,
-        **{
-            key: getattr(inputs, key)[:, :, new]
-            for key in ("x", "mask", "seasonal", "seasonal_mask", "y", "y_mask")
-        },
+        **{key: getattr(inputs, key)[:, :, new] for key in BY_NODE},
         nodes=inputs.nodes[new],
         edges=Edges(index // NODES * NODES + old[index % NODES], inputs.edges.weight),
     )
@@ -204,7 +203,8 @@ def test_the_model_knows_what_was_observed(name):
 def test_fillings_among_the_seasonal_values_are_neutral(name):
     module, inputs = model(name), batch()
     filled = torch.where(inputs.seasonal_mask, inputs.seasonal, 99.0)
-    other = dataclasses.replace(inputs, seasonal=filled)
+    before = torch.where(inputs.seasonal_x_mask, inputs.seasonal_x, 99.0)
+    other = dataclasses.replace(inputs, seasonal=filled, seasonal_x=before)
     assert torch.equal(forecast(module, inputs).mean, forecast(module, other).mean)
 
 

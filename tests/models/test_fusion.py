@@ -122,7 +122,12 @@ def test_the_sparse_path_is_the_papers_equations(nodes, sequence, options):
 
 def test_the_plain_form_reads_nothing_ahead():
     module, inputs = model(**PLAIN), batch()
-    other = dataclasses.replace(inputs, seasonal=inputs.seasonal + 1, time_y=inputs.time_y + 1)
+    other = dataclasses.replace(
+        inputs,
+        seasonal_x=inputs.seasonal_x + 1,
+        seasonal=inputs.seasonal + 1,
+        time_y=inputs.time_y + 1,
+    )
     assert torch.equal(forecast(module, inputs).mean, forecast(module, other).mean)
 
 

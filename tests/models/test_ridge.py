@@ -21,17 +21,20 @@ def fitted(train: list[Batch], validation: list[Batch], geometry: Geometry = POI
     return module
 
 
+def where(there: torch.Tensor, values: torch.Tensor) -> list[float]:
+    """Each value, 0 where it is not there, and whether it is not."""
+    return [*(values * there).flatten().tolist(), *(~there).float().flatten().tolist()]
+
+
 def features(given: Batch, metric: int, step: int, others: bool) -> np.ndarray:
     """[B · N, P] of one map, written down a second time; the intercept last."""
     rows = []
     for b, n in np.ndindex(given.x.shape[0], given.x.shape[2]):
         row = [*given.x[b, :, n, metric], *(~given.mask[b, :, n, metric]).float(), *given.time_y[b, step]]
+        row += where(given.seasonal_x_mask[b, :, n, metric], given.seasonal_x[b, :, n, metric])
         if others:
             row += [given.x[b, -1, n, 1 - metric], (~given.mask[b, -1, n, 1 - metric]).float()]
-        for value, there in zip(
-            given.seasonal[b, step, n, metric], given.seasonal_mask[b, step, n, metric], strict=True
-        ):
-            row += [value if there else 0.0, 0.0 if there else 1.0]
+        row += where(given.seasonal_mask[b, step, n, metric], given.seasonal[b, step, n, metric])
         rows.append([float(value) for value in row] + [1.0])
     return np.array(rows)
 
@@ -83,6 +86,7 @@ def test_a_linear_process_is_recovered_with_the_width_of_its_noise():
     given = linear(400, 0.3)
     module = fitted([given], [given], GEOMETRY, alphas=(1e-3,))
     names = ["intercept", *(f"x{i}" for i in range(6)), *(f"missing{i}" for i in range(6))]
+    names += [f"before {i}" for i in range(2 * 2 * 6)]
     names += ["t0", "t1", "t2", "season0", "season1", "missing season0", "missing season1"]
     expected = {"x5": 0.7, "season0": 0.2, "intercept": 0.1}
     truth = torch.tensor([expected.get(name, 0.0) for name in names]).expand_as(module.weight)
@@ -94,7 +98,7 @@ def test_a_linear_process_is_recovered_with_the_width_of_its_noise():
 
 
 def test_the_penalty_is_chosen_on_the_validation_part_for_each_metric():
-    few, many = linear(6, 2.0), linear(300, 0)
+    few, many = linear(14, 0.7), linear(300, 0)
     noise = torch.randn(many.y.shape, generator=torch.Generator().manual_seed(4))
     metric = torch.tensor([True, False])
     validation = dataclasses.replace(many, y=torch.where(metric, many.y, 0.01 * noise))

@@ -97,7 +97,13 @@ def test_the_model_knows_what_was_observed():
 
 def test_the_plain_form_reads_nothing_seasonal():
     module, inputs = model(**PLAIN), batch()
-    other = dataclasses.replace(inputs, seasonal=inputs.seasonal + 1, seasonal_mask=~inputs.seasonal_mask)
+    other = dataclasses.replace(
+        inputs,
+        seasonal_x=inputs.seasonal_x + 1,
+        seasonal_x_mask=~inputs.seasonal_x_mask,
+        seasonal=inputs.seasonal + 1,
+        seasonal_mask=~inputs.seasonal_mask,
+    )
     assert torch.equal(forecast(module, inputs).mean, forecast(module, other).mean)
 
 

@@ -1,5 +1,6 @@
 """The training loop: it learns, counts observed targets only, stops when it should, on one rank or two."""
 
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,7 @@ def targets(y: list[float], observed: list[bool]) -> Batch:
     nothing = torch.zeros(0)
     return Batch(
         **dict.fromkeys(
-            ("x", "mask", "time_x", "time_y", "seasonal", "seasonal_mask", "origins", "nodes"), nothing
+            (f.name for f in dataclasses.fields(Batch) if f.name not in ("edges", "y", "y_mask")), nothing
         ),
         edges=Edges(nothing, nothing),
         y=torch.tensor(y)[None, :, None, None],

@@ -76,8 +76,12 @@ def materialise(values: np.ndarray, m: Manifest, group: int, origin: int) -> dic
     y = np.concatenate([scaled, beyond])[origin : origin + m.horizon]
     before_all = np.full((max(m.lags, default=0), nodes, metrics), np.nan, np.float32)
     longer = np.concatenate([before_all, scaled])
-    lagged = [longer[len(before_all) + origin - lag :][: m.horizon] for lag in m.lags]
-    seasonal = np.stack(lagged, -1) if lagged else np.zeros((m.horizon, nodes, metrics, 0), np.float32)
+
+    def one_lag_before(first: int, count: int) -> np.ndarray:
+        lagged = [longer[len(before_all) + first - lag :][:count] for lag in m.lags]
+        return np.stack(lagged, -1) if lagged else np.zeros((count, nodes, metrics, 0), np.float32)
+
+    seasonal_x, seasonal = one_lag_before(origin - m.history, m.history), one_lag_before(origin, m.horizon)
     calendar = time_features(m.start, m.step, 0, steps + m.horizon)
     x = [[look_back(scaled[:, n, f], origin, m) for f in range(metrics)] for n in range(nodes)]
     return {
@@ -85,6 +89,8 @@ def materialise(values: np.ndarray, m: Manifest, group: int, origin: int) -> dic
         "mask": torch.from_numpy(np.isfinite(scaled[origin - m.history : origin])),
         "y": torch.from_numpy(np.nan_to_num(y)),
         "y_mask": torch.from_numpy(np.isfinite(y)),
+        "seasonal_x": torch.from_numpy(np.nan_to_num(seasonal_x)),
+        "seasonal_x_mask": torch.from_numpy(np.isfinite(seasonal_x)),
         "seasonal": torch.from_numpy(np.nan_to_num(seasonal)),
         "seasonal_mask": torch.from_numpy(np.isfinite(seasonal)),
         "time_x": calendar[origin - m.history : origin],
@@ -198,7 +204,8 @@ def test_nothing_at_or_after_the_origin_reaches_a_window(dataset):
         store, n = dataset(other, [*(e for e in graph if e[0] + SLICE <= now), *future])
         expected = truth.batch(np.array([origin]))
         given = OpenShard(store, n, n.shards[0], scaler).batch(np.array([origin]))
-        for name in ("x", "mask", "seasonal", "seasonal_mask", "time_x", "time_y"):
+        known = {f.name for f in dataclasses.fields(Batch)} - {"y", "y_mask", "edges", "nodes", "origins"}
+        for name in known:
             assert torch.equal(getattr(given, name), getattr(expected, name)), f"{name}, origin {origin}"
         assert torch.equal(given.edges.index, expected.edges.index), f"edges, origin {origin}"
         assert torch.equal(given.edges.weight, expected.edges.weight), f"edges, origin {origin}"
@@ -253,9 +260,9 @@ def test_a_gap_open_at_the_origin_is_not_bent_towards_its_end(dataset):
 def test_an_entity_never_observed_is_all_zeros_and_counts_nowhere(dataset):
     store, m = dataset(telemetry())
     batch = OpenShard(store, m, m.shards[0]).batch(origins(m, 0))
-    for values in (batch.x, batch.y, batch.seasonal):
+    for values in (batch.x, batch.y, batch.seasonal_x, batch.seasonal):
         assert not values[:, :, 3].any()
-    for mask in (batch.mask, batch.y_mask, batch.seasonal_mask):
+    for mask in (batch.mask, batch.y_mask, batch.seasonal_x_mask, batch.seasonal_mask):
         assert not mask[:, :, 3].any()
 
 

@@ -67,11 +67,11 @@ class LightgbmConfig(ModelConfig):
 class Lightgbm(Fitted):
     """The module. A metric without observed targets in training is forecast as zero, the mean.
 
-    Features of a row are the metric's look-back and its seasonal values at the target step; the last values
-    of all metrics, the target's time features, its horizon step, and which entity it is. What was not
-    observed is missing to the trees, and so is an entity that was not in training. Of a look-back above 24
-    steps there are the last 12, at most 12 at even distances before those, and its mean, least, largest and
-    standard deviation.
+    Features of a row are the metric's look-back, its seasonal values at the target step, and by how much it
+    is above those of the look-back (at its last step, and in the mean); the last values of all metrics, the
+    target's time features, its horizon step, and which entity it is. What was not observed is missing to the
+    trees, and so is an entity that was not in training. Of a look-back above 24 steps there are the last 12,
+    at most 12 at even distances before those, and its mean, least, largest and standard deviation.
     """
 
     seed: Tensor
@@ -82,7 +82,7 @@ class Lightgbm(Fitted):
         self.config = config
         of_history = len(_steps(geometry.history)) + _SUMMARIES * (geometry.history > _STEPS)
         shared = len(geometry.metrics) + geometry.calendar + 2
-        self.features = of_history + len(geometry.lags) + shared
+        self.features = of_history + 3 * len(geometry.lags) + shared
         self.register_buffer("seed", torch.randint(2**31, ()))
         self._read([[] for _ in geometry.metrics])
 
@@ -106,7 +106,7 @@ class Lightgbm(Fitted):
         past = _look_back(batch)  # [B, N, F, P]
         seasonal = torch.where(batch.seasonal_mask, batch.seasonal, torch.nan)
         entity = torch.where(batch.nodes < 0, torch.nan, batch.nodes)
-        own = torch.cat([past[window, node], seasonal[window, step, node]], -1)
+        own = torch.cat([past[window, node], seasonal[window, step, node], _above(batch)[window, node]], -1)
         last = torch.where(batch.mask[:, -1], batch.x[:, -1], torch.nan)[window, node]
         place = torch.stack([step, entity[node]], -1)
         table = torch.cat([own.flatten(1), last, batch.time_y[window, step], place], -1)
@@ -255,6 +255,14 @@ def _look_back(batch: Batch) -> Tensor:
     low, high = inside.amin(-1, keepdim=True), inside.amax(-1, keepdim=True)
     spread = (x - mean).square().nanmean(-1, keepdim=True).sqrt()
     return torch.cat([x[..., _steps(history)], mean, low, high, spread], -1)
+
+
+def _above(batch: Batch) -> Tensor:
+    """[B, N, F, 2 · S] by how much the look-back is above each season's: its last step, and its mean; NaN
+    where one of both was not observed."""
+    both = batch.mask[..., None] & batch.seasonal_x_mask
+    above = torch.where(both, batch.x[..., None] - batch.seasonal_x, torch.nan)
+    return torch.cat([above[:, -1], above.nanmean(1)], -1)
 
 
 def _hashes(batch: Batch, seed: int) -> NDArray[np.uint64]:

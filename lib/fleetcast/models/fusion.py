@@ -28,7 +28,7 @@ from torch_geometric.utils import coalesce
 from fleetcast.models.base import Model
 from fleetcast.models.geometry import Geometry
 from fleetcast.models.graph import Graph, GraphConfig
-from fleetcast.models.layers import DirectHead, NodeEmbedding
+from fleetcast.models.layers import DirectHead, NodeEmbedding, observed_mean
 from fleetcast.windows.batch import Batch, Edges
 
 #: Most correlations in memory at once: rows of the N · N matrix are ranked block by block.
@@ -149,7 +149,7 @@ class Fusion(Model):
         windows, history, nodes, _ = batch.x.shape
         features = [batch.x, batch.mask.to(batch.x.dtype)]
         if self.config.level:
-            level = _mean(batch.x, batch.mask)
+            level = observed_mean(batch.x, batch.mask)
             features = [batch.x - level, features[1], level.expand_as(batch.x)]
         features.append(batch.time_x[:, :, None].expand(-1, -1, nodes, -1))
         if self.identity is not None:
@@ -301,7 +301,7 @@ def unit_series(x: Tensor, mask: Tensor) -> Tensor:
     Only observed values count: gaps are at a metric's mean. A metric that is constant or not observed is
     zero; the mean is over the others.
     """
-    level = _mean(x, mask)
+    level = observed_mean(x, mask)
     centred = torch.where(mask, x - level, 0)
     size = centred.norm(dim=1, keepdim=True)
     varies = size > _CONSTANT * (1 + level.abs())
@@ -514,8 +514,3 @@ def _pointers(rows: Tensor, total: int) -> Tensor:
 def _sizes(index: Tensor, windows: int, nodes: int) -> list[int]:
     sizes: list[int] = torch.bincount(index[1] // nodes, minlength=windows).tolist()
     return sizes
-
-
-def _mean(x: Tensor, mask: Tensor) -> Tensor:
-    """[B, 1, N, F] mean of the observed values over the look-back; 0 if there is none."""
-    return torch.where(mask, x, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)

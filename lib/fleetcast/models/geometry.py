@@ -50,6 +50,8 @@ class Geometry(Options):
             "mask": (windows, self.history, nodes, features),
             "time_x": (windows, self.history, self.calendar),
             "time_y": (windows, self.horizon, self.calendar),
+            "seasonal_x": (windows, self.history, nodes, features, seasons),
+            "seasonal_x_mask": (windows, self.history, nodes, features, seasons),
             "seasonal": (windows, self.horizon, nodes, features, seasons),
             "seasonal_mask": (windows, self.horizon, nodes, features, seasons),
             "nodes": (nodes,),

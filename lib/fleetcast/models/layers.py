@@ -17,6 +17,11 @@ _EAGER = 10.0
 _BLOCKS = 3
 
 
+def observed_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, L, …] → [B, 1, …] the mean of what was observed over the look-back; 0 if nothing was."""
+    return torch.where(mask, values, 0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
 class NodeEmbedding(nn.Module):
     """A learned vector for each entity; those that the model was not trained on get the mean of all."""
 
@@ -75,17 +80,17 @@ class ResidualBlock(nn.Module):
 class DirectHead(nn.Module):
     """All horizon steps at once from a node's state and, past the encoder, from all that is known of it.
 
-    That is its look-back, the values one season before the horizon, who it is, and the clock: what carries
-    STID, with an encoder's state as one more input.
+    That is its look-back, the values one season before it and before the horizon, who it is, and the clock:
+    what carries STID, with an encoder's state and the seasons as further inputs.
     """
 
     def __init__(self, geometry: Geometry, hidden: int, width: int, dropout: float, seasonal: bool) -> None:
         super().__init__()
-        metrics = len(geometry.metrics)
-        self.seasonal = seasonal and bool(geometry.lags)
+        metrics, seasons = len(geometry.metrics), len(geometry.lags) if seasonal else 0
+        self.seasonal = bool(seasons)
         self.outputs = (geometry.horizon, metrics, 1 + len(geometry.quantiles))
         self.node = NodeEmbedding(geometry, width // 4 or 1)
-        steps = geometry.history + (geometry.horizon * len(geometry.lags) if self.seasonal else 0)
+        steps = geometry.history * (1 + seasons) + geometry.horizon * seasons
         inputs = hidden + 2 * metrics * steps + geometry.calendar + self.node.table.shape[1]
         self.first = nn.Linear(inputs, width)
         self.blocks = nn.Sequential(*(ResidualBlock(width, dropout) for _ in range(_BLOCKS)))
@@ -94,16 +99,11 @@ class DirectHead(nn.Module):
     def forward(self, state: Tensor, batch: Batch) -> Tensor:
         """State [B, N, hidden] → [B, H, N, F, 1 + Q]."""
         windows, _, nodes, _ = batch.x.shape
-        known = [
-            state,
-            batch.x.transpose(1, 2).flatten(2),
-            batch.mask.to(state.dtype).transpose(1, 2).flatten(2),
-        ]
+        series = [batch.x, batch.mask]
         if self.seasonal:
-            values = torch.where(batch.seasonal_mask, batch.seasonal, 0)
-            known += [
-                part.to(state.dtype).transpose(1, 2).flatten(2) for part in (values, batch.seasonal_mask)
-            ]
+            series += [torch.where(batch.seasonal_x_mask, batch.seasonal_x, 0), batch.seasonal_x_mask]
+            series += [torch.where(batch.seasonal_mask, batch.seasonal, 0), batch.seasonal_mask]
+        known = [state, *(part.to(state.dtype).transpose(1, 2).flatten(2) for part in series)]
         known.append(batch.time_y[:, :1].expand(-1, nodes, -1))
         known.append(self.node(batch.nodes).expand(windows, -1, -1))
         h = self.blocks(self.first(torch.cat(known, dim=-1)))
@@ -157,10 +157,9 @@ class Level:
     @classmethod
     def of(cls, batch: Batch) -> Level:
         """The levels of a batch's look-backs."""
-        count = batch.mask.sum(1, keepdim=True).clamp_min(1)
-        mean = torch.where(batch.mask, batch.x, 0).sum(1, keepdim=True) / count
-        spread = torch.where(batch.mask, batch.x - mean, 0).square().sum(1, keepdim=True) / count
-        return cls(mean, (spread + 1e-5).sqrt())
+        mean = observed_mean(batch.x, batch.mask)
+        variance = observed_mean((batch.x - mean).square(), batch.mask)
+        return cls(mean, (variance + 1e-5).sqrt())
 
     def remove(self, batch: Batch) -> Tensor:
         """[B, L, N, F] the look-back relative to its level, which stands in for what was not observed: a

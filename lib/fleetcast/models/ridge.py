@@ -46,9 +46,10 @@ class RidgeConfig(ModelConfig):
 class Ridge(Fitted):
     """The module. What a metric's map sees is past (the same for all horizon steps) or ahead (of one step).
 
-    Past are an intercept, the L look-back values and which were not observed; ahead are the time features of
-    the target step, the S seasonal values, and which were not observed. A missing seasonal value counts as
-    zero, the mean. Quantiles are those of a normal distribution as wide as the validation part's errors.
+    Past are an intercept, the L look-back values, the S seasonal values of each of their steps, and which
+    were not observed; ahead are the time features of the target step, its S seasonal values, and which were
+    not observed. A missing seasonal value counts as zero, the mean. Quantiles are those of a normal
+    distribution as wide as the validation part's errors.
     """
 
     weight: Tensor
@@ -62,7 +63,7 @@ class Ridge(Fitted):
         super().__init__(config, geometry)
         self.alphas, self.others = config.alphas, config.others
         metrics, horizon = len(geometry.metrics), geometry.horizon
-        self.past = 1 + 2 * geometry.history + 2 * config.others * (metrics - 1)
+        self.past = 1 + 2 * geometry.history * (1 + len(geometry.lags)) + 2 * config.others * (metrics - 1)
         self.ahead = geometry.calendar + 2 * len(geometry.lags)
         self.register_buffer("weight", torch.zeros(metrics, horizon, self.past + self.ahead))
         self.register_buffer("error", torch.zeros(metrics, horizon))
@@ -111,7 +112,14 @@ class Ridge(Fitted):
     def _past(self, batch: Batch) -> Tensor:
         """[B, N, F, P]; a step that was observed is no 1 but a 0, so what never fails gets no weight."""
         x, missing = batch.x.permute(0, 2, 3, 1), ~batch.mask.permute(0, 2, 3, 1)
-        parts = [torch.ones_like(x[..., :1]), x, missing]
+        before, unknown = (
+            part.permute(0, 2, 3, 1, 4).flatten(3)
+            for part in (
+                torch.where(batch.seasonal_x_mask, batch.seasonal_x, 0),
+                ~batch.seasonal_x_mask,
+            )
+        )
+        parts = [torch.ones_like(x[..., :1]), x, missing, before, unknown]
         if self.others:
             metrics = range(x.shape[2])
             other = torch.tensor([[g for g in metrics if g != f] for f in metrics], device=x.device)

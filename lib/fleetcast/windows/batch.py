@@ -39,8 +39,12 @@ class Batch:
     """[B, L, C] time features of the look-back."""
     time_y: Tensor
     """[B, H, C] time features of the horizon: known in advance."""
+    seasonal_x: Tensor
+    """[B, L, N, F, S] the value one lag (a day, a week) before each step of the look-back."""
+    seasonal_x_mask: Tensor
+    """[B, L, N, F, S] bool."""
     seasonal: Tensor
-    """[B, H, N, F, S] the value one lag (a day, a week) before each target step: known in advance."""
+    """[B, H, N, F, S] the value one lag before each target step: known in advance."""
     seasonal_mask: Tensor
     """[B, H, N, F, S] bool."""
     edges: Edges

@@ -22,7 +22,7 @@ from fleetcast.store import MANIFEST, Store
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
-FORMAT = 1
+FORMAT = 2
 
 
 class Scaler(Options):
@@ -134,9 +134,9 @@ class Manifest(Options):
 
 
 def context(history: int, lags: tuple[int, ...], max_gap: int) -> int:
-    """Steps before its origin that a window may look at: the longest lag; or the look-back and the gap that
-    is open where it begins, as its filling leans on the last value before it."""
-    return max((history + max_gap, *lags))
+    """Steps before its origin that a window may look at: those of its look-back and, before them, the longest
+    lag or the gap that is open where it begins, as its filling leans on the last value before it."""
+    return history + max((max_gap, *lags))
 
 
 def boundaries(steps: int, shares: tuple[float, float, float], history: int, horizon: int) -> tuple[int, int]:

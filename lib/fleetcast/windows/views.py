@@ -75,15 +75,17 @@ class OpenShard:
         at = torch.from_numpy(origins)[:, None] - self.shard.first
         past, future = at + torch.arange(-(history or m.history), 0), at + torch.arange(m.horizon)
         y, y_mask = self._observations(future)
-        lagged = [self._observations(future - lag) for lag in m.lags]
-        none = torch.zeros(*y.shape, 0)
+        seasonal_x, seasonal_x_mask = self._seasons(past)
+        seasonal, seasonal_mask = self._seasons(future)
         return Batch(
             x=self._look_back(past),
             mask=_take(self._observed, past),
             time_x=_take(self._calendar, past),
             time_y=_take(self._calendar, future),
-            seasonal=torch.stack([values for values, _ in lagged], -1) if lagged else none,
-            seasonal_mask=torch.stack([mask for _, mask in lagged], -1) if lagged else none > 0,
+            seasonal_x=seasonal_x,
+            seasonal_x_mask=seasonal_x_mask,
+            seasonal=seasonal,
+            seasonal_mask=seasonal_mask,
             edges=self._graphs(origins),
             nodes=torch.from_numpy(self.nodes),
             y=y,
@@ -95,8 +97,17 @@ class OpenShard:
         """The last `most` steps or all there are: scaled values [T, N, F], and which are observed."""
         return self._scaled[-most:].numpy(), self._observed[-most:].numpy()
 
+    def _seasons(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, K, N, F, S] values one lag before `steps` [B, K], and which are observed."""
+        lags = self.manifest.lags
+        if not lags:
+            none = torch.zeros(*steps.shape, *self._scaled.shape[1:], 0)
+            return none, none > 0
+        values, observed = zip(*(self._observations(steps - lag) for lag in lags), strict=True)
+        return torch.stack(values, -1), torch.stack(observed, -1)
+
     def _observations(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, N, F] values at `steps` [B, H], and which are observed: none before or after the shard."""
+        """[B, K, N, F] values at `steps` [B, K], and which are observed: none before or after the shard."""
         at = steps.clamp(0, len(self._scaled) - 1)
         values, observed = _take(self._scaled, at), _take(self._observed, at)
         outside = steps != at
