@@ -68,6 +68,25 @@ def test_quantiles_rise_and_hold_their_share_also_where_the_noise_is_wide():
     assert (output.mean - expected).square().mean((0, 1, 2)).sqrt().tolist() == pytest.approx([0, 0], abs=0.1)
 
 
+@pytest.mark.parametrize("of", ["last step", "mean"])
+def test_it_sees_by_how_much_a_load_is_above_its_season(of):
+    """Each level is far from the others, so the difference of two of them is lost on trees of both."""
+    given = uneven(600, 1)
+    random = torch.Generator().manual_seed(5)
+    above = torch.randn(given.x.shape, generator=random)
+    before = 100 * torch.randn(given.seasonal_x.shape, generator=random)
+    y = above[:, -1:] if of == "last step" else above.mean(1, keepdim=True)
+    given = dataclasses.replace(
+        given,
+        x=before[..., 0] + above,
+        seasonal_x=before,
+        seasonal_x_mask=torch.ones_like(given.seasonal_x_mask),
+        y=y.expand_as(given.y).clone(),
+    )
+    mean = forecast(fitted([given], trees=60), given).mean
+    assert (mean - given.y).square().mean() < 0.05 * given.y.var()
+
+
 def test_quantiles_that_cross_are_sorted():
     given = batch(40)
     module = fitted([given])

@@ -208,6 +208,14 @@ def test_fillings_among_the_seasonal_values_are_neutral(name):
     assert torch.equal(forecast(module, inputs).mean, forecast(module, other).mean)
 
 
+@pytest.mark.parametrize("name", ["fusion", "ridge", "stgnn"])
+def test_the_season_of_the_look_back_is_read(name):
+    """How far a load is from where it was a day ago says how far it will be."""
+    module, inputs = model(name), batch()
+    other = dataclasses.replace(inputs, seasonal_x=inputs.seasonal_x + 1)
+    assert not torch.allclose(forecast(module, inputs).mean, forecast(module, other).mean)
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_model_sees_the_graph_it_is_told_to(name):
     given = batch(2)
