@@ -51,8 +51,8 @@ _CHILD = "from benchmarks.models import child; child()"
 #: What a process says that has asked for more memory than there is.
 _FULL = ("allocate", "MemoryError", "bad_alloc")
 #: Milliseconds of a step at _OF entities that we want to stay below: half of what the official
-#: implementations take, and a bound of our own for our models. That of astgcn has one branch; here it has two,
-#: as there is a seasonal lag.
+#: implementations take, and a bound of our own for our models. The official astgcn has one branch; ours has
+#: two here, as there is a seasonal lag.
 _GOALS = {"graph_wavenet": 913 / 2, "dgcrn": 2830 / 2, "astgcn": 2 * 499 / 2, "stgnn": 150, "fusion": 150}
 _OF = 207
 

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from fleetcast.config import JobConfig, Options, Seconds, parse
 from fleetcast.errors import InputError
-from pydantic import Field
+from pydantic import Field, model_validator
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.py"))
 
@@ -23,6 +23,12 @@ class Sizes(Options):
     """Which."""
     strict: bool = False
     """Whether to be strict."""
+
+    @model_validator(mode="after")
+    def _exact(self):
+        if self.strict and self.mode == "fast" and self.max_items > 5:
+            raise ValueError("strict: no more than 5 items are fast")
+        return self
 
 
 class Config(Sizes, JobConfig):
@@ -88,6 +94,12 @@ def test_durations_are_seconds_or_have_a_unit(tmp_path, given, seconds):
 def test_a_wrong_option_is_named_with_its_value_and_what_was_expected(arguments, message):
     with pytest.raises(InputError, match=message):
         parse(Config, arguments)
+
+
+def test_options_that_clash_are_explained_without_all_that_was_given():
+    with pytest.raises(InputError) as failure:
+        parse(Config, ["--store", "s", "--strict", "--max-items", "6"])
+    assert str(failure.value) == "strict: no more than 5 items are fast"
 
 
 @pytest.mark.parametrize(

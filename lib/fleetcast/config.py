@@ -143,4 +143,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{name} is required"
     message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:  # of options that clash: the message names them, and what was given is all of them
+        return message
     return f"{name}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
