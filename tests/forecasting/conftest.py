@@ -15,6 +15,7 @@ from fleetcast.store import Store
 from fleetcast.training import run
 from fleetcast.training.loop import Progress
 from fleetcast.training.options import TrainOptions
+from fleetcast.training.register import SELECTED
 from fleetcast.windows.manifest import Manifest
 
 METRICS = ("cpu", "memory", "request_rate")
@@ -63,7 +64,7 @@ def serve(dataset, at_once, monkeypatch) -> Callable[..., tuple[Store, Manifest]
             values, groups=groups, width=width, history=HISTORY, horizon=HORIZON, lags=(DAY,), metrics=METRICS
         )
         run.train_model(store, TrainOptions(windows="test", stgnn=StgnnConfig(hidden=4)))
-        store.write_json(run.SELECTED, {**store.read_json(run.SELECTED), "rung": rung})
+        store.write_json(SELECTED, {**store.read_json(SELECTED), "rung": rung})
         return store, data
 
     return make

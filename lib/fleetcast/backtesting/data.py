@@ -42,11 +42,11 @@ def prepare(store: Store, options: BacktestOptions) -> list[Data]:
 
 def find(store: Store, name: str, fingerprint: str) -> Data | None:
     """The data set of this name and content, if the store still has it."""
-    for home in (store, _home(store, name)):
-        for path in home.list("windows", MANIFEST):
-            if home.read_json(path).get("fingerprint") == fingerprint:
+    for where in (store, home(store, name)):
+        for path in where.list("windows", MANIFEST):
+            if where.read_json(path).get("fingerprint") == fingerprint:
                 windows = path.split("/")[1]
-                return Data(name, home, manifests.load(home, windows), f"windows/{windows}")
+                return Data(name, where, manifests.load(where, windows), f"windows/{windows}")
     return None
 
 
@@ -64,12 +64,13 @@ def windows_of(source: SourceOptions, telemetry: dict[str, Any]) -> ShardOptions
     return source.shard.resolve({**tabular, "step": step, "horizon": horizon, "history": max(width, horizon)})
 
 
-def _home(parent: Store, name: str) -> Store:
+def home(parent: Store, name: str) -> Store:
+    """The store of a data set that a backtest made of a source."""
     return Store(f"{parent.uri}/data/{name}")
 
 
 def _make(parent: Store, name: str, source: SourceOptions) -> Data:
-    store = _home(parent, name).open_or_create()
+    store = home(parent, name).open_or_create()
     try:
         description = _load(parent, store, name, source)
         options = windows_of(source, store.read_json(f"telemetry/{MANIFEST}"))

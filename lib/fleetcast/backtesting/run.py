@@ -30,6 +30,8 @@ from fleetcast.windows.views import read_values
 
 log = logging.getLogger("fleetcast")
 
+#: Folders of a backtest's trials, beside its report.
+TRIALS = "trials.json"
 #: Trials that an error lists.
 _NAMED = 5
 
@@ -57,6 +59,8 @@ def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
             file.write(content)
     results_store.write_table(f"{options.name}/ladder.parquet", results.table(report).to_arrow())
     results_store.write_json(f"{options.name}/options.json", options.model_dump(mode="json"))
+    complete = [one.folder for one in trials if results_store.exists(f"{one.folder}/{MANIFEST}")]
+    results_store.write_json(f"{options.name}/{TRIALS}", complete)
     return {
         "report": f"{results_store.uri}/{options.name}/report.html",
         "trials": len(trials),

@@ -23,7 +23,8 @@ from fleetcast.ingest.shards import shard
 from fleetcast.runtime import PeakMemory
 from fleetcast.store import MANIFEST, Store
 from fleetcast.training.options import TrainOptions
-from fleetcast.training.run import SELECTED, train_model
+from fleetcast.training.register import SELECTED
+from fleetcast.training.run import train_model
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.manifest import Manifest, ShardOptions
 

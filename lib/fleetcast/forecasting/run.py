@@ -12,7 +12,7 @@ from fleetcast.forecasting import overview
 from fleetcast.forecasting.predict import ForecastOptions, Selected, predict, rows
 from fleetcast.ingest.make import make
 from fleetcast.store import MANIFEST, Store, fingerprint
-from fleetcast.training.run import SELECTED
+from fleetcast.training.register import SELECTED
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.manifest import Manifest, Shard
 

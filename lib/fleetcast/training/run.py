@@ -12,29 +12,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fleetcast import models
-from fleetcast.evaluation import metrics as figures_of
 from fleetcast.models import saving
 from fleetcast.models.base import ModelConfig
 from fleetcast.models.geometry import Geometry
-from fleetcast.provenance import provenance
 from fleetcast.runtime import PeakMemory, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
-from fleetcast.training.evaluate import Evaluation, evaluate, scaled_mae
 from fleetcast.training.loop import Progress, Run, train
 from fleetcast.training.options import TrainOptions
+from fleetcast.training.register import Trained, register, select, verdict
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
 
 log = logging.getLogger("fleetcast")
-
-SELECTED = "models/selected.json"
 
 
 def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
@@ -55,14 +50,18 @@ def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
     progress, weights, peak = _fit(store, manifest, options, geometry, digest)
     work = f"_work/models/{digest}"
     saving.save(store, f"{work}/model", options.model, config, geometry, weights)
-    evaluation = evaluate(store, manifest, f"{work}/model", options.model, f"{work}/evaluation")
-    summary = _summary(options, progress, evaluation)
-    summary["peak_bytes"] = max(peak, evaluation.peak_bytes)
-    _describe(store, f"{work}/model", manifest, options, evaluation, summary, progress)
-    store.publish(f"{work}/model", folder)
+    trained = Trained(options.model, progress, options.model_dump(mode="json"), peak)
+    summary = register(store, manifest, work, folder, trained)
     store.remove(work)
     store.remove(f"_work/training/{digest}")
     return {**summary, "model": folder, "selected": _select(store, folder), "skipped": False}
+
+
+def _select(store: Store, folder: str) -> str:
+    """Serves the model, or its best naive rung if that is better on the validation part."""
+    chosen = verdict(store, folder)
+    select(store, chosen)
+    return chosen["rung"]
 
 
 def _fit(
@@ -139,74 +138,3 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
 
     train(run, save)
     return peak.bytes()
-
-
-def _summary(options: TrainOptions, progress: Progress, evaluation: Evaluation) -> dict[str, Any]:
-    """The figures that decide and that a run prints: errors as MAE ÷ training std, mean over metrics."""
-    test = {rung: scaled_mae(found) for rung, found in evaluation.test.items()}
-    pooled = evaluation.test[options.model].scores.pooled()
-    coverage = {
-        f"{nominal:.0%}": round(float(np.nanmean(figures_of.coverage(pooled, nominal))), 4)
-        for nominal in figures_of.INTERVALS
-    }
-    return {
-        "rung": options.model,
-        "epochs": progress.epoch,
-        "best_epoch": progress.best_epoch + 1,
-        "validation_error": {r: scaled_mae(f) for r, f in evaluation.validation.items()},
-        "test_error": test,
-        "coverage": coverage,
-    }
-
-
-def _describe(
-    store: Store,
-    folder: str,
-    manifest: Manifest,
-    options: TrainOptions,
-    evaluation: Evaluation,
-    summary: dict[str, Any],
-    progress: Progress,
-) -> None:
-    """Everything beside the weights: figures, score states, calibration, provenance."""
-    store.write_json(f"{folder}/metrics.json", {"summary": summary, "history": progress.history})
-    scores = {rung: found.scores.to_json() for rung, found in evaluation.test.items()}
-    store.write_json(f"{folder}/scores.json", scores)
-    store.write_json(
-        f"{folder}/calibration.json",
-        {
-            "levels": list(QUANTILES),
-            "shifts": {rung: shifts.tolist() for rung, shifts in evaluation.shifts.items()},
-            "total_shifts": {rung: shifts.tolist() for rung, shifts in evaluation.total_shifts.items()},
-        },
-    )
-    store.write_json(
-        f"{folder}/{MANIFEST}",
-        {
-            "data": manifest.fingerprint,
-            "windows": manifest.name,
-            "level": manifest.level,
-            "step": manifest.step,
-            "scaler": manifest.scaler.model_dump(mode="json"),
-            "seasonal_error": list(manifest.seasonal_error),
-            "options": options.model_dump(mode="json"),
-            **provenance(),
-        },
-    )
-
-
-def _select(store: Store, folder: str) -> str:
-    """Points `selected.json` at a model, or at its best naive rung if that is better on validation."""
-    summary = store.read_json(f"{folder}/metrics.json")["summary"]
-    errors = summary["validation_error"]
-    naive = min((rung for rung in errors if rung != summary["rung"]), key=errors.__getitem__)
-    better = errors[summary["rung"]] < errors[naive]
-    selected = {
-        "model": folder,
-        "rung": summary["rung"] if better else naive,
-        "naive": naive,
-        "reason": f"validation error {errors[summary['rung']]:.4f}, {naive} {errors[naive]:.4f}",
-    }
-    store.write_json(SELECTED, selected)
-    log.info("selected: %s (%s)", selected["rung"], selected["reason"])
-    return str(selected["rung"])
