@@ -18,6 +18,7 @@ from fleetcast.config import BaseJobConfig
 from fleetcast.errors import InputError
 from fleetcast.runtime import Failed, PeakMemory, run_job, spread, tasks
 
+log = logging.getLogger("fleetcast")
 INGEST = Path(__file__).parents[1] / "jobs" / "ingest.py"
 
 
@@ -178,6 +179,34 @@ def test_no_more_tasks_run_at_once_than_are_wanted(ray_cluster, tmp_path):
         return max(seen)
 
     assert tasks(list(range(4)), work, "waits", str, cpus=0.5, most=1) == [1, 1, 1, 1]
+
+
+def test_tasks_that_log_are_no_more_at_once_than_there_are_cpus(ray_cluster):
+    """Ray takes a task that waits for an answer to use no CPU, and starts the next one."""
+
+    def work(item: int) -> tuple[float, float]:
+        started = time.monotonic()
+        for line in range(300):
+            log.info("line %d", line)
+        return started, time.monotonic()
+
+    spans = tasks(list(range(8)), work, "logs", str)
+    assert max(sum(start <= at < end for start, end in spans) for at, _ in spans) <= 2
+
+
+def test_what_tasks_log_arrives_whole_and_with_their_names(ray_cluster, caplog):
+    def work(item: int) -> None:
+        for line in range(50):
+            log.info("line %d", line)
+
+    log.addHandler(caplog.handler)
+    try:
+        tasks([0, 1], work, "logs", lambda item: f"item {item}")
+    finally:
+        log.removeHandler(caplog.handler)
+    for item in (0, 1):
+        lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith(f"item {item}: line")]
+        assert lines == [f"item {item}: line {line}" for line in range(50)]
 
 
 def test_tasks_that_no_node_can_run_are_not_waited_for_in_silence(ray_cluster, monkeypatch, caplog):

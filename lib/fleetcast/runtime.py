@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 
 import psutil
@@ -140,14 +141,22 @@ def worker_logs() -> Iterator[Any]:
         queue.shutdown()
 
 
-def log_to(queue: Any, name: str = "") -> None:
-    """Sends the log of this worker process to the driver's, each line with the name of what it works on."""
-    handler = logging.handlers.QueueHandler(queue)
+def log_to(queue: Any, name: str = "") -> logging.handlers.QueueListener:
+    """Sends the log of this worker process to the driver's, each line with the name of what it works on.
+
+    What is logged last is on its way until the listener that is returned has been stopped.
+    """
+    # By a thread: while the task itself waits for an answer, Ray lends its CPUs to another one.
+    here: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    handler = logging.handlers.QueueHandler(here)
     if name:
         handler.setFormatter(logging.Formatter(f"{name.replace('%', '%%')}: %(message)s"))
     log.handlers = [handler]
     log.propagate = False
     log.setLevel("INFO")
+    sender = logging.handlers.QueueListener(here, logging.handlers.QueueHandler(queue))
+    sender.start()
+    return sender
 
 
 class PeakMemory:
@@ -259,8 +268,11 @@ def tasks(
     # Tried again here: Ray would retry for ever what it kills for memory.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def task(item: Any, queue: Any) -> Any:
-        log_to(queue, name(item))
-        return work(item)
+        sender = log_to(queue, name(item))
+        try:
+            return work(item)
+        finally:
+            sender.stop()
 
     found: list[Any] = [None] * len(items)
     waiting = list(enumerate(items))
