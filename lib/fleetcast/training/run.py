@@ -72,8 +72,11 @@ def _fit(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     def worker(config: dict[str, Any]) -> int:
-        log_to(config["log"])
-        return _worker(store, manifest, options, geometry)
+        sender = log_to(config["log"])
+        try:
+            return _worker(store, manifest, options, geometry)
+        finally:
+            sender.stop()
 
     gpu = {"GPU": 1.0} if options.gpu else {}
     log.info(
