@@ -37,6 +37,7 @@ _DRIVER_ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent where it is told to be
 }
 _WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",

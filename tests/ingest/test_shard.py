@@ -252,3 +252,16 @@ def test_under_ray_the_job_gives_the_same(store, ray_cluster, monkeypatch):
     made, _ = dataset(store, windows="ray", group_size=2)
     assert values(store, made).equals(values(store, alone))
     assert made.model_copy(update={"name": "alone"}).scaler == alone.scaler
+
+
+def test_a_part_of_the_entities_is_always_the_same_and_grows_with_its_number(store):
+    found = {}
+    for number in (1, 3, 5):
+        shard(store, ShardOptions(**SMALL, windows=f"some-{number}", entities=number))
+        found[number] = set(manifest.load(store, f"some-{number}").names)
+    assert {number: len(names) for number, names in found.items()} == {1: 1, 3: 3, 5: 5}
+    assert found[1] < found[3] < found[5] < {f"m_{n}" for n in range(6)}
+    shard(store, ShardOptions(**SMALL, windows="again", entities=3))
+    assert set(manifest.load(store, "again").names) == found[3]
+    with pytest.raises(InputError, match="--entities 7: expected at most the 6 there are"):
+        shard(store, ShardOptions(**SMALL, entities=7))

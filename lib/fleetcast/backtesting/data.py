@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fleetcast.backtesting.options import BacktestOptions, SourceOptions
@@ -14,6 +15,7 @@ from fleetcast.store import MANIFEST, Store
 from fleetcast.traces import tabular
 from fleetcast.traces.synthesis import SynthesizeOptions
 from fleetcast.windows import manifest as manifests
+from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest, ShardOptions
 
 _DEFAULT = "default"
@@ -31,13 +33,23 @@ class Data:
     store: Store
     manifest: Manifest
     description: str
+    opened: Shards | None = None
+    """Shards that are open already, and shared by trials; else each trial opens its own."""
+
+    def with_shards(self, opened: Shards) -> Data:
+        """The same data, of which these shards are open."""
+        return replace(self, opened=opened)
+
+    def shards(self) -> Shards:
+        """The shards to read batches from."""
+        return self.opened or Shards(self.store, self.manifest)
 
 
 def prepare(store: Store, options: BacktestOptions) -> list[Data]:
     """All data sets of a backtest, made if they are not there yet; each source has a store of its own."""
     names = options.windows or (() if options.sources else (_DEFAULT,))
     found = [Data(name, store, manifests.load(store, name), f"windows/{name} of the store") for name in names]
-    return found + [_make(store, name, source) for name, source in options.sources.items()]
+    return found + [make(store, name, source) for name, source in options.sources.items()]
 
 
 def find(store: Store, name: str, fingerprint: str) -> Data | None:
@@ -69,11 +81,17 @@ def home(parent: Store, name: str) -> Store:
     return Store(f"{parent.uri}/data/{name}")
 
 
-def _make(parent: Store, name: str, source: SourceOptions) -> Data:
+def make(
+    parent: Store,
+    name: str,
+    source: SourceOptions,
+    change: Callable[[ShardOptions], ShardOptions] = lambda options: options,
+) -> Data:
+    """The data set of a source, in a store of its own; `change` may cut it into other windows."""
     store = home(parent, name).open_or_create()
     try:
         description = _load(parent, store, name, source)
-        options = windows_of(source, store.read_json(f"telemetry/{MANIFEST}"))
+        options = change(windows_of(source, store.read_json(f"telemetry/{MANIFEST}")))
         shard(store, options)
     except InputError as error:
         raise InputError(f"data set {name}: {error}") from error

@@ -20,7 +20,7 @@ from fleetcast.backtesting.options import BacktestOptions
 from fleetcast.backtesting.plan import Rung, Trial, rungs
 from fleetcast.errors import InputError
 from fleetcast.evaluation import peaks
-from fleetcast.evaluation.ladder_report import PLOTS, Stopped, render
+from fleetcast.evaluation.ladder_report import Stopped, render
 from fleetcast.provenance import provenance
 from fleetcast.runtime import Failed, tasks
 from fleetcast.store import MANIFEST, Store
@@ -51,18 +51,13 @@ def backtest(store: Store, options: BacktestOptions) -> dict[str, Any]:
     trials, stopped = work.search()
     stopped += work.run(trials)
     report = results.collect(results_store, work.data, trials, stopped, options)
-    pages = render(report)
-    files = {"report.html": pages.html.encode(), "report.md": pages.markdown.encode()}
-    files |= {f"{PLOTS}/{name}": image for name, image in pages.plots.items()}
-    for name, content in files.items():
-        with results_store.write(f"{options.name}/{name}") as file:
-            file.write(content)
+    page = render(report).write(results_store, options.name)
     results_store.write_table(f"{options.name}/ladder.parquet", results.table(report).to_arrow())
     results_store.write_json(f"{options.name}/options.json", options.model_dump(mode="json"))
     complete = [one.folder for one in trials if results_store.exists(f"{one.folder}/{MANIFEST}")]
     results_store.write_json(f"{options.name}/{TRIALS}", complete)
     return {
-        "report": f"{results_store.uri}/{options.name}/report.html",
+        "report": page,
         "trials": len(trials),
         "stopped": [vars(one) for one in stopped],
         "ladder": results.ladder(report),

@@ -28,7 +28,6 @@ from fleetcast.training.loop import Run, train
 from fleetcast.training.options import FitOptions
 from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
-from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Part
 
 #: States of the test part, as `evaluation.backtest.save` writes them.
@@ -47,11 +46,12 @@ def run(
     store: Store,
     data: Data,
     trial: Trial,
-    thresholds: NDArray[np.float32],
+    thresholds: NDArray[np.float32] | None,
     folder: str,
     about: dict[str, Any],
 ) -> None:
-    """Runs a trial into `folder`; `about` goes into its manifest. Raises DivergedError."""
+    """Runs a trial into `folder`; `about` goes into its manifest. Without thresholds of high load no peaks
+    are counted. Raises DivergedError."""
     cost: dict[str, Any] = {}
     ladder: dict[str, backtest.Rung]
     if trial.rung.model == NAIVE:
@@ -85,7 +85,7 @@ def _fit(data: Data, rung: Rung, fit: FitOptions) -> tuple[Model, Run]:
     geometry = Geometry.of(data.manifest, QUANTILES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = models.build(rung.model, rung.options, geometry).to(device)
-    fitted = Run.start(model, Shards(data.store, data.manifest), fit)
+    fitted = Run.start(model, data.shards(), fit)
     train(fitted, lambda *_: None)
     return model, fitted
 
@@ -131,5 +131,5 @@ def _measure(
 ) -> dict[str, Measured]:
     """Every window of a part, once."""
     manifest = data.manifest
-    batches: Iterator[Batch] = Shards(data.store, manifest).batches(order.evaluation(manifest, part, _BATCH))
+    batches: Iterator[Batch] = data.shards().batches(order.evaluation(manifest, part, _BATCH))
     return backtest.measure(batches, ladder, manifest.scaler, QUANTILES, manifest.horizon, shifts, thresholds)

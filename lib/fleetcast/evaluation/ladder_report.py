@@ -1,36 +1,32 @@
 """The report of a backtest: every rung on every data set, as one HTML page or as Markdown.
 
-    rung = Rung("ridge", "statistical", seeds={0: measured})
-    report = LadderReport(title="…", data=[DataSet(…, rungs=[rung, …])], search="…")
-    render(report).html      # needs nothing but itself: style and plots are inside
-    render(report).markdown  # the same words and tables, with its plots as files
-
-Both are written from the same sections, so they cannot disagree.
+rung = Rung("ridge", "statistical", seeds={0: measured})
+report = LadderReport(title="…", data=[DataSet(…, rungs=[rung, …])], search="…")
+render(report).html      # needs nothing but itself: style and plots are inside
+render(report).markdown  # the same words and tables, with its plots as files
 """
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from fleetcast.evaluation import document
 from fleetcast.evaluation import ladder_plots as draw
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation import peaks as p
 from fleetcast.evaluation.compare import Gap, Ranked
+from fleetcast.evaluation.document import Pages, Section, Table
 from fleetcast.evaluation.ladder import IDENTITY, RIDGE, SHUFFLED, TRUE, DataSet, GraphLift, Rung, Standing
 from fleetcast.evaluation.naive import duration
-from fleetcast.evaluation.page import Picture, number, percent, template
+from fleetcast.evaluation.page import number, percent
 from fleetcast.evaluation.papers import PaperTable
 from fleetcast.schemas import describe
 
 #: Quantiles whose alarms and provisioning the tables show, where the forecasts have them.
 LEVELS = (0.5, 0.9, 0.99)
-#: The folder of the plots beside the Markdown page.
-PLOTS = "plots"
 _TIES_NAMED = 3
 
 
@@ -64,81 +60,14 @@ class LadderReport:
     papers: Sequence[PaperRun] = ()
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells of text; the first column names the row."""
-
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    title: str = ""
-    words: frozenset[str] = frozenset()
-    """Columns of words, the first aside; all others are figures."""
-    folded: bool = False
-    """Shown on demand, where a page can."""
-    marked: frozenset[str] = frozenset()
-    """Rows to stress, by their name."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands below it: words, then tables, then plots."""
-
-    title: str
-    words: tuple[str, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    level: int = 2
-
-
-@dataclass(frozen=True)
-class Pages:
-    """The report in the forms in which it is read."""
-
-    html: str
-    """One page that needs nothing but itself."""
-    markdown: str
-    """The same words and tables; its plots are the files below."""
-    plots: dict[str, bytes]
-    """File name → PNG."""
-
-
 def render(report: LadderReport, pictures: bool = True) -> Pages:
     """The whole report; plots take time and may be left out.
 
     Raises InputError if rungs of a data set did not count the same targets.
     """
     standings = [Standing.of(data) for data in report.data]
-    found, verdicts = sections(report, standings, pictures), [verdict(standing) for standing in standings]
-    page = template("ladder.html.j2").render(title=report.title, verdicts=verdicts, sections=found)
-    files = {_file(picture): picture.png for section in found for picture in section.pictures}
-    return Pages(page, _markdown_page(report.title, verdicts, found), files)
-
-
-def _file(picture: Picture) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", picture.title.lower()).strip("-") + ".png"
-
-
-def _markdown_page(title: str, verdicts: Sequence[str], found: Sequence[Section]) -> str:
-    lines = [f"# {_plain(title)}", "", *(f"- {_plain(words)}" for words in verdicts), ""]
-    for section in found:
-        lines += [f"{'#' * section.level} {_plain(section.title)}", ""]
-        for words in section.words:
-            lines += [_plain(words), ""]
-        for table in section.tables:
-            lines += ([f"**{_plain(table.title)}**", ""] if table.title else []) + [*_markdown(table), ""]
-        for picture in section.pictures:
-            lines += [f"![{_plain(picture.alt)}]({PLOTS}/{_file(picture)})", ""]
-    return "\n".join(lines)
-
-
-def _markdown(table: Table) -> list[str]:
-    rule = ["---" if i == 0 or column in table.words else "--:" for i, column in enumerate(table.columns)]
-    return ["| " + " | ".join(map(_plain, row)) + " |" for row in (table.columns, rule, *table.rows)]
-
-
-def _plain(text: str) -> str:
-    """Text that no Markdown reader takes for HTML or the end of a cell."""
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    verdicts = [verdict(standing) for standing in standings]
+    return document.pages(report.title, verdicts, sections(report, standings, pictures))
 
 
 def sections(report: LadderReport, standings: Sequence[Standing], pictures: bool = True) -> list[Section]:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from fleetcast.errors import InputError
@@ -27,6 +28,8 @@ from fleetcast.windows.manifest import Manifest, Scaler, Shard, ShardOptions
 
 log = logging.getLogger("fleetcast")
 
+#: Seed of the entities that are drawn where not all are wanted.
+_DRAW = 20_180_101
 #: The telemetry that each level is made of.
 _SOURCE_KIND = {"machine": "machine", "container": "container", "service": "container"}
 
@@ -82,6 +85,11 @@ def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
     if named.is_empty():
         raise InputError(f"--level {options.level}: the store has no {kind} with telemetry of that level")
     names = named["unit"].unique().sort().to_list()
+    if options.entities is not None:
+        if options.entities > len(names):
+            raise InputError(f"--entities {options.entities}: expected at most the {len(names)} there are")
+        drawn = np.random.default_rng(_DRAW).permutation(len(names))[: options.entities]
+        names = [names[place] for place in np.sort(drawn)]
     groups = (
         [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
     )

@@ -33,6 +33,13 @@ class Shards:
         self._open.move_to_end(index)
         return self._open[index]
 
+    def open_all(self) -> Shards:
+        """Opens every shard of the dataset and keeps it open."""
+        self.most = len(self.manifest.shards)
+        for index in range(self.most):
+            self[index]
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes held by the open shards."""

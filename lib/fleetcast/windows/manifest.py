@@ -200,6 +200,9 @@ class ShardOptions(Options):
     """Kinds of dependencies that become edges."""
     group_size: int = Field(64, ge=1)
     """Most entities of a group; more are cut along the dependency graph."""
+    entities: int | None = Field(None, ge=1)
+    """Only so many of the entities, drawn at random but always the same: of two numbers, the larger draws all
+    that the smaller does. All of them if not given."""
     shard_mb: int = Field(64, ge=1)
     """Rough size of a shard in memory [MB]."""
 

@@ -6,6 +6,7 @@ does not grow with the look-back.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,16 @@ class OpenShard:
             manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
         )
         self._edges = read_edges(store, manifest, shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays for tensors: an object store then keeps one copy for all processes that read it."""
+        return {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with warnings.catch_warnings():  # such arrays are read-only, and nothing here writes to them
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            tensors = {k: torch.from_numpy(v) for k, v in state.items() if isinstance(v, np.ndarray)}
+        self.__dict__ |= state | tensors | {"nodes": state["nodes"]}
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,32 @@
+"""The papers' sensitivity studies on your telemetry: what one setting does to the error, beside their claims.
+
+    python jobs/tune.py --grid heads --store ./store --tabular.table load.parquet --tabular.entity host
+        --tabular.time time --tabular.metrics cpu
+
+Each point is fitted with several seeds on Ray Tune; all trials share one copy of the data. Writes
+tuning/<name>/report.html and report.md into the store, with a figure in the paper's form and a verdict in
+words. Repeating the command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fleetcast.config import JobConfig
+from fleetcast.runtime import run_job
+from fleetcast.store import Store
+from fleetcast.tuning.options import TuneOptions
+from fleetcast.tuning.run import tune
+
+
+class Config(TuneOptions, JobConfig):
+    __doc__ = __doc__
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Runs the studies."""
+    return tune(Store(config.store), config.only(TuneOptions))
+
+
+if __name__ == "__main__":
+    run_job(main, Config)

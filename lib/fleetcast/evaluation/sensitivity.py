@@ -1,0 +1,218 @@
+"""Sensitivity studies: what one setting of a model or of its data does to the error, and the paper's claim.
+
+    study = Study(grid, "los-loop", {1: {"mape": [0.11, 0.12, 0.11]}, 2: …}, …)
+    study.verdict          # agrees, differs, or flat within noise
+    render([study], "…")   # the page, with a figure in the paper's form
+
+A point is one value of the setting. What chance makes of a point is known from its seeds alone, so with three
+seeds only large effects are told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from fleetcast import plots
+from fleetcast.evaluation import document
+from fleetcast.evaluation.document import Pages, Section, Table
+from fleetcast.evaluation.page import Picture, number, percent
+
+#: Of two-sided intervals and tests.
+CONFIDENCE = 0.95
+TITLES = {"mse": "MSE", "mae": "MAE", "mape": "MAPE", "rmse": "RMSE", "r2": "R²"}
+_SHARES = frozenset({"mape"})
+_BEST_IS_LARGEST = frozenset({"r2"})
+
+Verdict = Literal["agrees", "differs", "flat within noise", "not told apart"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One sensitivity study of a paper: a setting, its points, and what the paper found."""
+
+    name: str
+    setting: str
+    """What the points are values of, in words."""
+    model: str
+    points: tuple[float, ...]
+    figures: tuple[str, ...]
+    """By their names in `metrics.figures`; the first is where the optimum is sought."""
+    best: float
+    """The paper's optimum, one of the points."""
+    source: str
+    """The paper and its figure."""
+
+    def point(self, value: float) -> str:
+        """A point in words."""
+        return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean over seeds, and how far the true mean may be from it."""
+
+    mean: float
+    width: float
+    """Half of the interval; ∞ where one seed says nothing of chance."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid that was run on one data set."""
+
+    grid: Grid
+    data: str
+    """The data set, in words."""
+    values: Mapping[float, Mapping[str, Sequence[float]]]
+    """Point → figure → its value for each seed; MSE, MAE and RMSE in units of the training part's standard
+    deviation, the mean over metrics. Without the points that are `missing`."""
+    budget: str
+    """How each trial was fitted, in words."""
+    seconds: float
+    """What the fits of all trials took together."""
+    missing: Mapping[float, str]
+    """Points that came to no end or that the data do not allow, and why."""
+
+    def intervals(self, figure: str) -> dict[float, Interval]:
+        """Point → mean and interval: Student's, with the variance over seeds pooled over the points, as in
+        the analysis of variance that decides."""
+        samples = {point: np.asarray(found[figure]) for point, found in self.values.items()}
+        freedom = sum(len(sample) - 1 for sample in samples.values())
+        squares = sum(float(((sample - sample.mean()) ** 2).sum()) for sample in samples.values())
+        scale = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * (squares / freedom) ** 0.5 if freedom else np.inf
+        return {
+            point: Interval(float(sample.mean()), float(scale / len(sample) ** 0.5))
+            for point, sample in samples.items()
+        }
+
+    @property
+    def first(self) -> str:
+        """The figure that decides."""
+        return self.grid.figures[0]
+
+    @cached_property
+    def best(self) -> float:
+        """The point with the best mean; of equal ones the first."""
+        sign = -1 if self.first in _BEST_IS_LARGEST else 1
+        return min(self.values, key=lambda point: sign * float(np.mean(self.values[point][self.first])))
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """Flat if an analysis of variance finds no point that differs; else whether the paper's optimum is
+        ours, or cannot be told apart from it (Welch's test)."""
+        samples = [np.asarray(found[self.first]) for found in self.values.values()]
+        if len(samples) < 2 or min(map(len, samples)) < 2 or not _differ(samples):
+            return "flat within noise"
+        if self.best == self.grid.best:
+            return "agrees"
+        theirs = self.values.get(self.grid.best)
+        if theirs is None:
+            return "differs"
+        ours = np.asarray(self.values[self.best][self.first])
+        p = stats.ttest_ind(ours, np.asarray(theirs[self.first]), equal_var=False).pvalue
+        return "differs" if p < 1 - CONFIDENCE else "not told apart"
+
+    @property
+    def words(self) -> str:
+        """The verdict in a sentence, with the figures that it rests on."""
+        grid, title = self.grid, TITLES[self.first]
+        found = self.intervals(self.first)
+        shown = f"{grid.point(self.best)} ({title} {_figure(self.first, found[self.best].mean)})"
+        paper = f"the paper’s is {grid.point(grid.best)}"
+        if grid.best in found:
+            paper += f" (here {_figure(self.first, found[grid.best].mean)})"
+        ends = {
+            "agrees": f"the best is {shown}, as in the paper: agrees.",
+            "differs": f"the best is {shown}, {paper}: differs.",
+            "not told apart": f"the best is {shown}, {paper}: the two are not told apart.",
+            "flat within noise": "flat within noise: no point is surely better than another; the best mean "
+            f"is at {shown}, {paper}.",
+        }
+        return f"{self.data}, {grid.setting}: {ends[self.verdict]}"
+
+
+def _differ(samples: Sequence[NDArray[np.float64]]) -> bool:
+    """Whether any point's mean surely differs from the others'."""
+    if all(np.ptp(sample) == 0 for sample in samples):
+        return bool(np.ptp([sample[0] for sample in samples]) > 0)
+    return bool(stats.f_oneway(*samples).pvalue < 1 - CONFIDENCE)
+
+
+def render(studies: Sequence[Study], title: str) -> Pages:
+    """The page of some studies."""
+    found = [_how_to_read(), *(_section(study) for study in studies)]
+    return document.pages(title, [study.words for study in studies], found)
+
+
+def _how_to_read() -> Section:
+    return Section(
+        "How to read this",
+        (
+            "Each study changes one setting and nothing else. All points are fitted with the same budget and "
+            "tested on the same targets, the last part of the time. MSE, MAE and RMSE are in units of the "
+            "training part’s standard deviation (MSE: of its square), the mean over metrics; the paper’s are "
+            "of other data in other units: the shape of a curve and the place of its optimum compare, its "
+            "height does not.",
+            "Bars and “±” are intervals of 95 % of the mean over seeds, with the variance over seeds pooled "
+            "over the points. “Flat within noise”: an analysis of variance finds no point that differs from "
+            "the others at 5 %. “Not told apart”: the best point and the paper’s do not differ by Welch’s "
+            "test at 5 %.",
+        ),
+    )
+
+
+def _section(study: Study) -> Section:
+    grid = study.grid
+    columns = (grid.setting, *(TITLES[figure] for figure in grid.figures), "seeds")
+    rows = []
+    for point, found in study.values.items():
+        cells = (_cell(figure, study.intervals(figure)[point]) for figure in grid.figures)
+        mark = " (paper’s best)" if point == grid.best else ""
+        rows.append((f"{grid.point(point)}{mark}", *cells, str(len(found[study.first]))))
+    words = (
+        study.words,
+        f"Paper: {grid.source}.",
+        f"{study.budget} The fits took {study.seconds:,.0f} s in all.",
+        *(f"{grid.point(point)} is left out: {why}." for point, why in study.missing.items()),
+    )
+    best = rows[list(study.values).index(study.best)][0]
+    table = Table(columns, rows, marked=frozenset({best}))
+    pictures = tuple(_picture(study, figure) for figure in grid.figures)
+    return Section(f"{study.data}: {grid.setting}", words, (table,), pictures)
+
+
+def _cell(figure: str, interval: Interval) -> str:
+    if not np.isfinite(interval.width):
+        return _figure(figure, interval.mean)
+    return f"{_figure(figure, interval.mean)} ± {_figure(figure, interval.width)}"
+
+
+def _figure(figure: str, value: float) -> str:
+    return percent(value) if figure in _SHARES else number(value)
+
+
+def _picture(study: Study, name: str) -> Picture:
+    """A figure at each point, evenly spaced as the papers draw them."""
+    grid, share = study.grid, name in _SHARES
+    title = TITLES[name] + (", %" if share else "")
+    figure, (axes,) = plots.subplots(title)
+    found = list(study.intervals(name).values())
+    times, places = 100 if share else 1, range(len(found))
+    mean, width = (times * np.array([getattr(one, part) for one in found]) for part in ("mean", "width"))
+    bars = np.where(np.isfinite(width), width, 0)
+    axes.errorbar(places, mean, bars, fmt="o-", color=plots.MODEL, capsize=2.5, label="mean over seeds, 95 %")
+    if grid.best in study.values:
+        at = list(study.values).index(grid.best)
+        axes.axvline(at, color=plots.QUIET, linestyle="--", linewidth=1, label="the paper’s best")
+    axes.set_xticks(places, [grid.point(point) for point in study.values])
+    axes.set_xlabel(grid.setting)
+    plots.legend(figure, axes)
+    where = f"{study.data}: {TITLES[name]} by {grid.setting}"
+    return Picture(where, plots.png(figure), f"{where}, with intervals and the paper’s best")

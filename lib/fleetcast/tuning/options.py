@@ -1,0 +1,79 @@
+"""What the tuning job can be told."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from fleetcast.backtesting.options import BacktestBudget, SourceOptions
+from fleetcast.models import configure
+from fleetcast.training.options import FitOptions
+from fleetcast.tuning.grids import GRIDS, changes_windows
+
+GridName = Literal[("all", *GRIDS)]  # type: ignore[valid-type]
+
+
+class TuneOptions(SourceOptions):
+    """Which grids on which data, and at what cost."""
+
+    grid: GridName = "all"
+    """The study: graph-convolution layers, attention heads, sparsity, number of nodes, width of a step
+    (window), or all of them."""
+    name: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name of the study: its page is `tuning/<name>/report.html` in the store."""
+    windows: str | None = None
+    """A windows dataset of the store instead of a source; grids that need other windows are left out."""
+    points: tuple[float, ...] = ()
+    """Only these points of a grid; all of them if not given."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Model → options other than its defaults, for every point; as JSON, or in a file (--config)."""
+    seeds: int = Field(3, ge=1)
+    """Trials of each point."""
+    fit: BacktestBudget = BacktestBudget()
+    """How each trial is fitted."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Of every trial."""
+    cpus_per_trial: float = Field(1, gt=0)
+    """CPUs that Ray keeps for a trial, and its threads; fractions are allowed."""
+    gpus_per_trial: float = Field(0, ge=0)
+    """GPUs of a trial; fractions let trials share one."""
+    max_concurrent: int | None = Field(None, ge=1)
+    """Most trials at a time; as many as there are resources for, if not given."""
+
+    @property
+    def grids(self) -> list[str]:
+        """The grids that are asked for."""
+        return list(GRIDS) if self.grid == "all" else [self.grid]
+
+    def fit_options(self, seed: int) -> FitOptions:
+        """The fit of one trial."""
+        return FitOptions(**self.fit.model_dump(), learning_rate=self.learning_rate, seed=seed)
+
+    @model_validator(mode="after")
+    def _points_of_one_grid(self) -> TuneOptions:
+        if not self.points:
+            return self
+        if self.grid == "all":
+            raise ValueError("points: expected one grid as well, got all")
+        known = GRIDS[self.grid].points
+        for point in self.points:
+            if point not in known:
+                raise ValueError(
+                    f"points: {point:g} is none of {self.grid}'s: {', '.join(f'{p:g}' for p in known)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TuneOptions:
+        if len(self.given) + (self.windows is not None) != 1:
+            raise ValueError("expected exactly one of tabular, raw, synthesize and windows")
+        if self.windows is not None and self.grid != "all" and changes_windows(GRIDS[self.grid]):
+            raise ValueError(f"windows: the grid {self.grid} cuts windows of its own, expected a source")
+        return self
+
+    @model_validator(mode="after")
+    def _known_models(self) -> TuneOptions:
+        for name, options in self.options.items():
+            configure(name, options)
+        return self
