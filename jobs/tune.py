@@ -1,11 +1,13 @@
-"""The papers' sensitivity studies on your telemetry: what one setting does to the error, beside their claims.
+"""The papers' sensitivity studies on your telemetry, or a search for the best options of a model.
 
     python jobs/tune.py --grid heads --store ./store --tabular.table load.parquet --tabular.entity host
         --tabular.time time --tabular.metrics cpu
+    python jobs/tune.py --search stgnn --trials 30 --store ./store --windows default
 
-Each point is fitted with several seeds on Ray Tune; all trials share one copy of the data. Writes
-tuning/<name>/report.html and report.md into the store, with a figure in the paper's form and a verdict in
-words. Repeating the command goes on where it stopped.
+A study shows what one setting does to the error, beside the paper's claim: a figure in the paper's form and a
+verdict in words. A search looks at the validation part alone; what it finds is tested with several seeds, and
+can be promoted. Trials run on Ray Tune and share one copy of the data. Writes tuning/<name>/report.html and
+report.md into the store. Repeating the command goes on where it stopped.
 """
 
 from __future__ import annotations

@@ -48,10 +48,13 @@ def test_a_wider_step_keeps_the_number_of_steps():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "expected exactly one of tabular, raw, synthesize and windows"),
-        ({"tabular": TABLE, "windows": "w"}, "expected exactly one of tabular, raw, synthesize and windows"),
+        ({"grid": "all"}, "expected exactly one of tabular, raw, synthesize and windows"),
+        (
+            {"grid": "all", "tabular": TABLE, "windows": "w"},
+            "expected exactly one of tabular, raw, synthesize and windows",
+        ),
         ({"windows": "w", "grid": "nodes"}, "the grid nodes cuts windows of its own, expected a source"),
-        ({"tabular": TABLE, "points": (4,)}, "points: expected one grid as well, got all"),
+        ({"grid": "all", "tabular": TABLE, "points": (4,)}, "points: expected one grid as well, got all"),
         ({"tabular": TABLE, "grid": "heads", "points": (3,)}, "points: 3 is none of heads's: 1, 2, 4, 8"),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fleetcast.backtesting.options import BacktestBudget, SourceOptions
-from fleetcast.models import configure
+from fleetcast.models import MODELS, configure
 from fleetcast.training.options import FitOptions
 from fleetcast.tuning.grids import GRIDS, changes_windows
 
@@ -15,13 +15,25 @@ GridName = Literal[("all", *GRIDS)]  # type: ignore[valid-type]
 
 
 class TuneOptions(SourceOptions):
-    """Which grids on which data, and at what cost."""
+    """Which grids or which search on which data, and at what cost."""
 
-    grid: GridName = "all"
+    grid: GridName | None = None
     """The study: graph-convolution layers, attention heads, sparsity, number of nodes, width of a step
     (window), or all of them."""
+    search: Literal[tuple(MODELS)] | None = None  # type: ignore[valid-type]
+    """The model to search the best options of, instead of a grid."""
+    trials: int | None = Field(None, ge=1)
+    """Configurations that a search tries; 20 if neither these nor minutes are given."""
+    minutes: float | None = Field(None, gt=0)
+    """Time after which a search tries no more."""
+    scheduler: Literal["asha", "pbt"] = "asha"
+    """asha: Optuna proposes, and tries that fall behind are stopped. pbt: population-based training, whose
+    tries run side by side and take over from the best."""
+    space: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Option of the model, learning_rate or weight_decay → choices of a search, in place of those that it has
+    by itself; as JSON, or in a file (--config)."""
     name: str = Field("default", pattern=r"^[A-Za-z0-9_.-]+$")
-    """Name of the study: its page is `tuning/<name>/report.html` in the store."""
+    """Name of the study or search: its page is `tuning/<name>/report.html` in the store."""
     windows: str | None = None
     """A windows dataset of the store instead of a source; grids that need other windows are left out."""
     points: tuple[float, ...] = ()
@@ -29,11 +41,11 @@ class TuneOptions(SourceOptions):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Model → options other than its defaults, for every point; as JSON, or in a file (--config)."""
     seeds: int = Field(3, ge=1)
-    """Trials of each point."""
+    """Trials of each point, or of what a search has found."""
     fit: BacktestBudget = BacktestBudget()
     """How each trial is fitted."""
     learning_rate: float = Field(2e-3, gt=0)
-    """Of every trial."""
+    """Of every trial of a grid."""
     cpus_per_trial: float = Field(1, gt=0)
     """CPUs that Ray keeps for a trial, and its threads; fractions are allowed."""
     gpus_per_trial: float = Field(0, ge=0)
@@ -44,18 +56,24 @@ class TuneOptions(SourceOptions):
     @property
     def grids(self) -> list[str]:
         """The grids that are asked for."""
-        return list(GRIDS) if self.grid == "all" else [self.grid]
+        return list(GRIDS) if self.grid == "all" else [self.grid] if self.grid else []
 
     def fit_options(self, seed: int) -> FitOptions:
         """The fit of one trial."""
         return FitOptions(**self.fit.model_dump(), learning_rate=self.learning_rate, seed=seed)
 
     @model_validator(mode="after")
+    def _grid_or_search(self) -> TuneOptions:
+        if (self.grid is None) == (self.search is None):
+            raise ValueError("expected exactly one of grid and search")
+        return self
+
+    @model_validator(mode="after")
     def _points_of_one_grid(self) -> TuneOptions:
         if not self.points:
             return self
-        if self.grid == "all":
-            raise ValueError("points: expected one grid as well, got all")
+        if self.grid in (None, "all"):
+            raise ValueError(f"points: expected one grid as well, got {self.grid or 'none'}")
         known = GRIDS[self.grid].points
         for point in self.points:
             if point not in known:
@@ -68,7 +86,7 @@ class TuneOptions(SourceOptions):
     def _one_source(self) -> TuneOptions:
         if len(self.given) + (self.windows is not None) != 1:
             raise ValueError("expected exactly one of tabular, raw, synthesize and windows")
-        if self.windows is not None and self.grid != "all" and changes_windows(GRIDS[self.grid]):
+        if self.windows is not None and self.grid not in (None, "all") and changes_windows(GRIDS[self.grid]):
             raise ValueError(f"windows: the grid {self.grid} cuts windows of its own, expected a source")
         return self
 

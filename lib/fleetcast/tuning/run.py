@@ -20,6 +20,7 @@ from fleetcast.provenance import provenance
 from fleetcast.store import MANIFEST, Store
 from fleetcast.tuning import grids, trials
 from fleetcast.tuning.options import TuneOptions
+from fleetcast.tuning.search import search
 from fleetcast.windows import manifest as manifests
 
 log = logging.getLogger("fleetcast")
@@ -38,12 +39,15 @@ class Point:
 
 
 def tune(store: Store, options: TuneOptions) -> dict[str, Any]:
-    """Runs the trials that are not complete; writes `tuning/<name>/report.{html,md}` and `studies.json`.
+    """Runs the search, or the trials of the grids that are not complete; writes
+    `tuning/<name>/report.{html,md}` and `studies.json` or `search.json`.
 
     A trial that fails is left out with its reason; the others go on. Raises InputError if no grid has a point
     that came to its end.
     """
     store = store.open_or_create() if options.given else store.open_existing()
+    if options.search is not None:
+        return search(store, _data(store, options), options)
     found = Store(f"{store.uri}/backtests").open_or_create()
     plan, missing = _plan(store, options)
     every = [(one, point.data) for points in plan.values() for point in points for one in point.trials]

@@ -60,7 +60,7 @@ def _tuner(
     from ray import tune
 
     function = tune.with_parameters(
-        _one, results=results, data=data, opened=_opened(data), options=options, about=about, queue=queue
+        _one, results=results, data=data, opened=opened(data), options=options, about=about, queue=queue
     )
     resources = {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}
     return tune.Tuner(
@@ -104,13 +104,13 @@ def _one(
         sender.stop()
 
 
-def _opened(data: dict[str, Data]) -> dict[str, Any]:
+def opened(data: dict[str, Data]) -> dict[str, Any]:
     """Fingerprint → reference to the open shards in the object store, of as many data sets as there is room
     for. They are opened on a worker: the driver holds none of it."""
     import ray
 
     @ray.remote
-    def opened(one: Data) -> Shards:
+    def open_all(one: Data) -> Shards:
         return Shards(one.store, one.manifest).open_all()
 
     room = _SHARED * ray.cluster_resources().get("object_store_memory", 0)
@@ -120,7 +120,7 @@ def _opened(data: dict[str, Data]) -> dict[str, Any]:
         size = sum((s.last - s.first) * len(m.groups[s.group]) for s in m.shards) * len(m.metrics) * _BYTES
         if size <= room:
             room -= size
-            found[name] = opened.remote(one)
+            found[name] = open_all.remote(one)
         else:
             log.info("tune: %s is too large to be shared, each trial opens its own shards", m.name)
     return found
