@@ -150,9 +150,10 @@ def _how_to_read() -> Section:
         (
             "Every forecast of a data set was made from the same look-back and is scored on the same "
             "targets of the test part, which no model has seen and no option was chosen on. The error that "
-            "decides is the scaled MAE: mean absolute error ÷ standard deviation of the training part, the "
-            "mean over metrics; lower is better. Absolute errors are taken of the median forecast, squared "
-            "ones of the mean, as each is the best answer to its own error.",
+            "decides is the scaled MAE: mean absolute error ÷ standard deviation of the training part (each "
+            "entity’s own, where the windows are scaled by entity), the mean over metrics; lower is better. "
+            "Absolute errors are taken of the median forecast, squared ones of the mean, as each is the best "
+            "answer to its own error.",
             "Skill is 1 − error ÷ error of the forecast that repeats last week (where a data set has no "
             "week before, of yesterday, else of the last value): 0 % is as good as repeating, 100 % is "
             "perfect, below 0 % is worse. “±” is the standard deviation over seeds.",
