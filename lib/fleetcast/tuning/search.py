@@ -82,9 +82,8 @@ def _tries(results: Store, data: Data, options: TuneOptions, model: str) -> list
 
     opened = trials.opened({data.manifest.fingerprint: data})
     domains = space(model, options.space)
-    about = options.model_dump(
-        mode="json", include={"search", "scheduler", "trials", "space", "fit", "options", "workers"}
-    )
+    settings = {"search", "scheduler", "trials", "minutes", "space", "fit", "options"}
+    about = options.model_dump(mode="json", include=settings)
     name = f"search-{model}-{fingerprint([data.manifest.fingerprint, about])}"
     path = results.path(f"_work/tune/{name}")
     with worker_logs() as queue:
