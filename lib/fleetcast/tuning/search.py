@@ -85,7 +85,7 @@ def _tries(results: Store, data: Data, options: TuneOptions, model: str) -> list
     settings = {"search", "scheduler", "trials", "minutes", "space", "fit", "options"}
     about = options.model_dump(mode="json", include=settings)
     name = f"search-{model}-{fingerprint([data.manifest.fingerprint, about])}"
-    path = results.path(f"_work/tune/{name}")
+    path = results.path(f"{trials.STATE}/{name}")
     with worker_logs() as queue:
         function = tune.with_resources(
             tune.with_parameters(_try, data=data, opened=opened, options=options, queue=queue),
@@ -103,7 +103,7 @@ def _tries(results: Store, data: Data, options: TuneOptions, model: str) -> list
                 tune_config=_tune_config(options),
                 run_config=tune.RunConfig(
                     name=name,
-                    storage_path=results.path("_work/tune"),
+                    storage_path=results.path(trials.STATE),
                     storage_filesystem=results.arrow_fs,
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
                     verbose=0,

@@ -24,7 +24,7 @@ from fleetcast.windows.loader import Shards
 log = logging.getLogger("fleetcast")
 
 #: Where Ray Tune keeps its own state.
-_STATE = "_work/tune"
+STATE = "_work/tune"
 #: Share of the object store that the data of all trials may take; beyond it trials open their own shards.
 _SHARED = 0.5
 #: Bytes of an open shard for each value: scaled, filled, steps since the last observation, and the mask.
@@ -42,7 +42,7 @@ def run(
     data = {found.manifest.fingerprint: found for _, found in todo}
     with worker_logs() as queue:
         grid = _tuner(results, [one for one, _ in todo], data, options, about, queue).fit()
-    results.remove(f"{_STATE}/{options.name}")  # what is complete is in the store
+    results.remove(f"{STATE}/{options.name}")  # what is complete is in the store
     reasons: dict[str, str] = {}
     for place, (one, _) in enumerate(todo):
         if not results.exists(f"{one.folder}/{MANIFEST}"):
@@ -72,7 +72,7 @@ def _tuner(
         tune_config=tune.TuneConfig(max_concurrent_trials=options.max_concurrent, reuse_actors=True),
         run_config=tune.RunConfig(
             name=options.name,
-            storage_path=results.path(_STATE),
+            storage_path=results.path(STATE),
             storage_filesystem=results.arrow_fs,
             verbose=0,
         ),
