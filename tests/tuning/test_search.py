@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from fleetcast.tuning import search
 from fleetcast.tuning.options import TuneOptions
 from fleetcast.tuning.run import tune
 from fleetcast.tuning.spaces import space
+from pandas import DataFrame
 from pydantic import ValidationError
 from test_tune_job import options
 
@@ -92,6 +94,16 @@ def test_a_search_that_was_killed_goes_on_after_the_last_epoch_of_its_tries(
     assert figures["tries"] == 1
 
 
+def test_a_try_that_failed_before_its_first_epoch_is_read_with_its_reason():
+    found = SimpleNamespace(
+        error=RuntimeError("Traceback …\nout of memory"),
+        metrics=None,
+        config={},
+        metrics_dataframe=DataFrame(),
+    )
+    assert search._read(found) == Try({}, float("inf"), 0, [], "out of memory")
+
+
 def test_population_based_training_searches_as_well(tmp_path, ray_cluster):
     store = Store(str(tmp_path / "store"))
     figures = tune(store, searched(tmp_path, scheduler="pbt", trials=2, fit=FIT | {"epochs": 4}))
@@ -111,6 +123,13 @@ def test_the_space_is_that_of_the_model_and_what_is_given():
         space("stgnn", {"depth": (1,)})
     with pytest.raises(InputError, match=r"--search ridge: is fitted at once"):
         space("ridge", {})
+    with pytest.raises(InputError, match=r"--space hidden: .*valid integer.* \(got 'wide'\)"):
+        space("mlp", {"hidden": (8, "wide")})
+    assert space("fusion", {"hidden": (6,), "heads": (3,)})["heads"].categories == [3], "they go together"
+    with pytest.raises(InputError, match=r"--space hidden: .*divisor of hidden \(6\) \(got 6\)"):
+        space("fusion", {"hidden": (6,), "heads": (4,)})
+    with pytest.raises(InputError, match=r"--space learning_rate: .*greater than 0 \(got 0\)"):
+        space("mlp", {"learning_rate": (0,)})
 
 
 @pytest.mark.parametrize(

@@ -77,16 +77,14 @@ def _plan(store: Store, options: TuneOptions) -> tuple[dict[str, list[Point]], d
     """The points of each grid, and those that the data do not allow, with the reason."""
     plan: dict[str, list[Point]] = {}
     missing: dict[str, dict[float, str]] = {}
-    whole: Data | None = None
-    for name in options.grids:
-        grid = grids.GRIDS[name]
+    chosen = [(name, grids.GRIDS[name]) for name in options.grids]
+    whole = None if all(grids.changes_windows(grid) for _, grid in chosen) else _data(store, options)
+    for name, grid in chosen:
         plan[name], missing[name] = [], {}
         for value in options.points or grid.points:
             try:
-                if grids.changes_windows(grid):
-                    data = _cut(store, options, grid, value)
-                else:
-                    data = whole = whole or _data(store, options)
+                data = _cut(store, options, grid, value) if grids.changes_windows(grid) else whole
+                assert data is not None, "a grid of the model's options takes the windows as they are"
             except InputError as error:
                 missing[name][value] = str(error)
                 log.info("tune: %s of %s is left out: %s", grid.point(value), name, error)

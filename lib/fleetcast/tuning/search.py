@@ -195,7 +195,9 @@ def _trial(data: Data, options: TuneOptions, settings: dict[str, Any], seed: int
 
 def _read(found: Any) -> Try:
     metrics = found.metrics or {}
-    history = [] if found.metrics_dataframe is None else found.metrics_dataframe[_LOSS].tolist()
+    reports = found.metrics_dataframe
+    # A try that failed before its first epoch has reported nothing.
+    history = [] if reports is None or _LOSS not in reports else reports[_LOSS].tolist()
     failure = "" if found.error is None else _reason(found.error)
     return Try(
         settings=dict(found.config),
