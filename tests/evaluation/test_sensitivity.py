@@ -1,13 +1,16 @@
 """A study says what its seeds allow it to say of the paper's optimum, and no more."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
-from fleetcast.evaluation.sensitivity import Grid, Study, render
+from fleetcast.evaluation.sensitivity import Grid, Optimum, StaysAbove, Study, render
 from scipy import stats
 
-GRID = Grid("heads", "attention heads", "fusion", (1, 2, 4, 8), ("mse", "mape"), 4, "A paper, Fig. 3")
+GRID = Grid(
+    "heads", "attention heads", "fusion", (1, 2, 4, 8), ("mse", "mape"), Optimum(4), "A paper, Fig. 3"
+)
 NOISE = np.array([-0.01, 0.0, 0.01])
 
 
@@ -78,8 +81,41 @@ def test_the_page_has_every_point_the_claim_and_what_is_left_out():
         assert "the best is 4 (MSE 0.300), as in the paper: agrees." in text
         assert "8 is left out: no such &lt;data&gt;." in text
         assert "A paper, Fig. 3" in text
-        assert "4 (paper’s best)" in text
+        assert "4 (the paper’s best)" in text
         assert "30.0 %" in text
         assert "Few steps. The fits took 12 s in all." in text
     assert set(pages.plots) == {"lab-mse-by-attention-heads.png", "lab-mape-by-attention-heads.png"}
     assert all(image.startswith(b"\x89PNG") for image in pages.plots.values())
+
+
+LOAD = Grid("load", "load", "stgnn", (1, 2, 3), ("r2",), StaysAbove(2, "r2", 0.9), "A paper, Fig. 4")
+
+
+@pytest.mark.parametrize(
+    ("means", "verdict"),
+    [
+        ({1: 0.95, 2: 0.93, 3: 0.5}, "agrees"),
+        ({1: 0.95, 2: 0.85, 3: 0.5}, "differs"),
+        ({1: 0.95, 2: 0.901, 3: 0.5}, "not told apart"),
+        ({3: 0.5}, "not told apart"),
+    ],
+)
+def test_a_claim_of_a_floor_is_about_the_points_up_to_the_papers(means, verdict):
+    found = study(means, grid=LOAD)
+    assert found.verdict == verdict
+    assert "the paper’s stays above 0.90 up to 2 and falls beyond" in found.words
+    assert f"{means[3]:.3f} at 3" in found.words
+
+
+def test_a_study_that_was_stored_is_the_same_study():
+    found = study(
+        {1: 0.5, np.inf: 0.3}, grid=dataclasses.replace(GRID, points=(1, np.inf)), missing={8: "no"}
+    )
+    saved = json.loads(json.dumps(found.to_json()))
+    assert Study.from_json(found.grid, saved) == found
+    assert (saved["best"], saved["paper"], saved["verdict"]) == ("inf", "4", "differs")
+
+
+def test_studies_that_the_data_do_not_allow_are_named():
+    page = render([study({1: 0.5, 4: 0.3})], "x", {"requests per second": "needs a metric request_rate"})
+    assert "requests per second: left out: needs a metric request_rate." in page.markdown

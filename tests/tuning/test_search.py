@@ -57,6 +57,20 @@ def test_a_search_takes_the_lowest_validation_loss_and_tests_that_one(tmp_path, 
     assert store.read_json("tuning/default/search.json") == found
 
 
+def test_the_tries_of_a_search_may_be_ddp_runs(tmp_path, ray_cluster):
+    store = Store(str(tmp_path / "store"))
+    given = searched(tmp_path, trials=1, workers_per_trial=2, cpus_per_trial=0.5)
+    figures = tune(store, given)
+    found = store.read_json("tuning/default/search.json")
+    assert (figures["tries"], figures["failed"], figures["stopped"]) == (1, [], {})
+    (one,) = found["tries"]
+    assert len(one["history"]) == 3
+    assert one["history"] == sorted(one["history"], reverse=True), "the lowest so far"
+    assert store.list("data/default/_work/training") == [], "its state is gone once it is done"
+    (trial,) = figures["trials"]
+    assert store.read_json(f"backtests/{trial}/{MANIFEST}")["trial"]["workers"] == 2
+
+
 def test_a_search_that_was_killed_goes_on_after_the_last_epoch_of_its_tries(
     tmp_path, ray_cluster, monkeypatch
 ):

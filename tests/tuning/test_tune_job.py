@@ -67,7 +67,7 @@ def test_a_study_runs_every_point_with_every_seed_and_says_what_came_out(tmp_pat
     assert figures["verdicts"]["heads"] in store.read_bytes("tuning/default/report.md").decode()
 
     (study,) = store.read_json("tuning/default/studies.json")
-    assert (study["grid"], study["model"], study["paper"]) == ("heads", "fusion", 4)
+    assert (study["grid"], study["model"], study["paper"]) == ("heads", "fusion", "4")
     assert list(study["values"]) == ["1", "2", "4", "8"]
     for found in study["values"].values():
         assert {figure: len(values) for figure, values in found.items()} == dict.fromkeys(
@@ -108,6 +108,39 @@ def test_points_that_the_data_do_not_allow_are_left_out_with_the_reason(tmp_path
         tune(store, options(tmp_path, grid="window", points=(5,)))
 
 
+def test_levels_of_load_are_parts_of_the_test_of_the_same_trials(tmp_path, ray_cluster):
+    store = Store(str(tmp_path / "store"))
+    services = {"trace": "services", "services": 6, "days": 6, "requests": 4000}
+    shard = {"windows": "small", "step": 900, "history": 3600, "horizon": 3600, "lags": (86_400,)}
+    given = options(tmp_path, tabular=None, synthesize=services, shard=shard, grid="concurrency")
+    figures = tune(store, given)
+    assert (figures["trials"], figures["left_out"]) == (2, {}), "one for each seed"
+    (study,) = store.read_json("tuning/default/studies.json")
+    assert len(study["values"]) >= 3
+    assert study["values"].keys() | study["missing"].keys() == {"1000", "2500", "5000", "8000", "inf"}
+    assert set(study["missing"].values()) <= {"no target of the test part is of such a time"}
+    for found in study["values"].values():
+        assert {figure: len(values) for figure, values in found.items()} == dict.fromkeys(
+            ("mae", "rmse", "r2"), 2
+        )
+    before = {path: store.read_bytes(path) for path in store.list("backtests/trials", "levels.json")}
+    assert len(before) == 2
+    tune(store, given)
+    assert before == {path: store.read_bytes(path) for path in before}
+
+
+def test_a_study_that_the_data_do_not_allow_is_named_beside_the_others(tmp_path, ray_cluster):
+    store = Store(str(tmp_path / "store"))
+    with pytest.raises(InputError, match="no trial came to its end: needs a metric request_rate"):
+        tune(store, options(tmp_path, grid="concurrency"))
+    figures = tune(store, options(tmp_path, grid="all", seeds=1))
+    assert figures["verdicts"].keys() == {"layers", "heads", "sparsity", "window"}
+    assert figures["left_out"].keys() == {"number of nodes", "requests per second"}
+    assert figures["trials"] < 6 + 4 + 9, "a default is the same trial in every grid"
+    page = store.read_bytes("tuning/default/report.md").decode()
+    assert "requests per second: left out: needs a metric request_rate, the data have cpu." in page
+
+
 def test_a_trial_that_diverges_is_named_and_the_others_go_on(tmp_path, ray_cluster, monkeypatch):
     store = Store(str(tmp_path / "store"))
     given = options(tmp_path, grid="heads", points=(1, 4), seeds=1)
@@ -125,6 +158,63 @@ def test_a_trial_that_diverges_is_named_and_the_others_go_on(tmp_path, ray_clust
     (study,) = store.read_json("tuning/default/studies.json")
     assert list(study["values"]) == ["4"]
     assert study["missing"] == {"1": "none of its trials came to its end"}
+
+
+def test_a_trial_may_be_two_ddp_workers_which_take_the_steps_of_one_with_both_batches(tmp_path, ray_cluster):
+    """Two workers with batches of 4 against one with batches of 8: what differs is which windows are met."""
+    store = Store(str(tmp_path / "store"))
+    two = options(
+        tmp_path,
+        grid="heads",
+        points=(1,),
+        seeds=1,
+        workers_per_trial=2,
+        cpus_per_trial=0.5,
+        tensorboard=str(tmp_path / "curves"),
+    )
+    figures = tune(store, two)
+    assert figures["stopped"] == {}
+    (path,) = store.list("backtests/trials", MANIFEST)
+    saved = store.read_json(path)
+    assert saved["trial"]["workers"] == 2
+    assert saved["cost"]["epochs"] == 1
+    assert store.list("data/default/_work/training") == [], "its state is gone once it is done"
+    before = finished(store)
+    tune(store, two)
+    assert finished(store) == before
+
+    tune(store, two.model_copy(update={"workers_per_trial": 1}))
+    assert len(finished(store)) == 2, "other workers are another trial"
+    losses = [
+        store.read_json(path.replace(MANIFEST, "history.json"))[0]["val_loss"] for path in finished(store)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+    assert len(list((tmp_path / "curves" / "trials").rglob("events.*"))) == 2, "one for each trial"
+
+
+def test_losses_by_epoch_are_there_for_tensorboard(tmp_path, ray_cluster):
+    from tensorboardX.proto.event_pb2 import Event
+
+    store = Store(str(tmp_path / "store"))
+    fit = {"epochs": 3, "steps_per_epoch": 2, "batch_size": 8}
+    given = options(tmp_path, grid="heads", points=(1,), seeds=1, fit=fit, tensorboard=str(tmp_path / "tb"))
+    tune(store, given)
+    (path,) = store.list("backtests/trials", MANIFEST)
+    history = store.read_json(path.replace(MANIFEST, "history.json"))
+    (file,) = (tmp_path / "tb").rglob("events.*")
+    assert str(file.parent).endswith(path.removeprefix("backtests/").removesuffix(f"/{MANIFEST}"))
+    found, data = [], file.read_bytes()
+    while data:  # a record: its length, a checksum of that, itself, a checksum of it
+        length = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[12 + length + 4 :]
+    losses = {
+        event.step: value.simple_value
+        for event in found
+        for value in event.summary.value
+        if value.tag == "val_loss"
+    }
+    assert losses == pytest.approx({n: epoch["val_loss"] for n, epoch in enumerate(history, start=1)})
 
 
 def test_all_trials_read_one_copy_of_the_data(dataset, ray_cluster):

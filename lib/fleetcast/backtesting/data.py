@@ -13,7 +13,7 @@ from fleetcast.ingest.shards import shard
 from fleetcast.ingest.synthesize import synthesize
 from fleetcast.store import MANIFEST, Store
 from fleetcast.traces import tabular
-from fleetcast.traces.synthesis import SynthesizeOptions
+from fleetcast.traces.synthesis import SynthesizeOptions, services
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest, ShardOptions
@@ -65,15 +65,20 @@ def find(store: Store, name: str, fingerprint: str) -> Data | None:
 def windows_of(source: SourceOptions, telemetry: dict[str, Any]) -> ShardOptions:
     """How a source is cut into windows: as is given, else as suits its telemetry, of which this is the
     manifest (`SourceOptions.shard` says how). Raises InputError if that clashes with what is given."""
-    if source.tabular is None:
+    table, o = source.tabular, source.synthesize
+    if o is not None and o.trace == "services":
+        table = services.table_of("")
+    if table is None:
         return source.shard.resolve({})
-    given, span = source.shard.model_dump(), telemetry["spans"][source.tabular.kind]
+    given, span = source.shard.model_dump(), telemetry["spans"][table.kind]
     step = given.get("step", telemetry["settings"]["step"])
     steps = (span["last"] - span["first"]) // step + 1
     width = step * max(1, min(_STEPS, steps // _SHARE))
     horizon = given.get("horizon", width)
-    tabular = {"level": source.tabular.level, "metrics": source.tabular.metrics}
-    return source.shard.resolve({**tabular, "step": step, "horizon": horizon, "history": max(width, horizon)})
+    of_table = {"level": table.level, "metrics": table.metrics}
+    return source.shard.resolve(
+        {**of_table, "step": step, "horizon": horizon, "history": max(width, horizon)}
+    )
 
 
 def home(parent: Store, name: str) -> Store:
@@ -100,15 +105,19 @@ def make(
 
 def _load(parent: Store, store: Store, name: str, source: SourceOptions) -> str:
     """Makes the source the telemetry of its store; returns what it is, in words."""
-    if source.tabular is not None:
-        tabular.load(store, source.tabular)
-        return f"the table {source.tabular.table.rsplit('/', 1)[-1]}"
-    raw, description = source.raw, f"raw {source.ingest.trace} files in {source.raw}"
-    if source.synthesize is not None:
-        o = source.synthesize
+    raw, table, o = source.raw, source.tabular, source.synthesize
+    if o is not None:
         raw, description = _synthetic(parent, name, o), f"a synthetic cluster of coupling {o.coupling:g}"
-    assert raw is not None, "one source is given"
-    ingest(store, raw, source.ingest)
+        table = services.table_of(raw) if o.trace == "services" else None
+    elif table is not None:
+        description = f"the table {table.table.rsplit('/', 1)[-1]}"
+    else:
+        description = f"raw {source.ingest.trace} files in {raw}"
+    if table is not None:
+        tabular.load(store, table)
+    else:
+        assert raw is not None, "one source is given"
+        ingest(store, raw, source.ingest)
     return description
 
 

@@ -64,7 +64,8 @@ class SourceOptions(Options):
 
     @model_validator(mode="after")
     def _windows_fit(self) -> SourceOptions:
-        if self.tabular is None:  # a table's are only known once it is read
+        of_services = self.synthesize is not None and self.synthesize.trace == "services"
+        if self.tabular is None and not of_services:  # a table's are only known once it is read
             self.shard.resolve({})
         return self
 

@@ -13,7 +13,7 @@ from fleetcast.models import MODELS, configure
 from fleetcast.models.fusion import PLAIN as PLAIN_FUSION
 from fleetcast.models.stgnn import PLAIN as PLAIN_STGNN
 from fleetcast.store import fingerprint
-from fleetcast.training.options import FitOptions
+from fleetcast.training.options import FitOptions, TrainOptions
 
 PAPERS: dict[str, PaperTable] = {"fusion": FUSION, "stgnn": STGNN}
 #: Rungs beside those of the paper's own table: what a name in it may also mean, and what no result stands
@@ -53,6 +53,8 @@ class Trial(Options):
     data_fingerprint: str
     rung: Rung
     fit: FitOptions
+    workers: int = 1
+    """DDP workers; of one the trial is a single process."""
 
     @property
     def folder(self) -> str:
@@ -60,6 +62,12 @@ class Trial(Options):
         name = self.rung.name.replace(" ", "-").replace(",", "")
         digest = fingerprint(self.model_dump(mode="json"))
         return f"trials/{self.data}/{name}/seed-{self.fit.seed}-{digest}"
+
+    def train_options(self, windows: str) -> TrainOptions:
+        """What the training job would be told to fit the same on this windows dataset."""
+        model = self.rung.model
+        given = {model: self.rung.options, **self.fit.model_dump()}
+        return TrainOptions(windows=windows, model=model, workers=self.workers, **given)
 
     @property
     def search(self) -> str:

@@ -21,7 +21,6 @@ from fleetcast.errors import InputError
 from fleetcast.models import saving
 from fleetcast.store import MANIFEST, Store
 from fleetcast.training.loop import Progress
-from fleetcast.training.options import TrainOptions
 from fleetcast.training.register import Trained, register, rollback, select, verdict
 
 
@@ -116,10 +115,8 @@ def _registered(results: Store, folder: str, trial: Trial, data: Data) -> str:
         for name in (saving.CONFIG, saving.WEIGHTS):
             with data.store.write(f"{work}/model/{name}") as file:
                 file.write(results.read_bytes(f"{folder}/{name}"))
-        options = TrainOptions(
-            windows=manifest.name, model=model, **trial.fit.model_dump(), **{model: trial.rung.options}
-        )
-        trained = Trained(model, _progress(results, folder), options.model_dump(mode="json"))
+        options = trial.train_options(manifest.name).model_dump(mode="json")
+        trained = Trained(model, _progress(results, folder), options)
         register(data.store, manifest, work, target, trained)
         data.store.remove(work)
     return target

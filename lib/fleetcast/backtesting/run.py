@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fleetcast.backtesting import results, trial
+from fleetcast.backtesting import fits, results, trial
 from fleetcast.backtesting.data import Data, find, prepare
 from fleetcast.backtesting.options import BacktestOptions
 from fleetcast.backtesting.plan import Rung, Trial, rungs
@@ -130,7 +130,7 @@ class _Work:
 
         def work(one: Trial) -> None:
             self._use_threads()
-            loss = trial.search(self._named(one.data), one.rung, one.fit)
+            loss = trial.search(self._named(one.data), one)
             self.store.write_json(one.search, {"loss": loss})
 
         todo = [one for one in tries if not self.store.exists(one.search)]
@@ -179,7 +179,8 @@ class _Work:
 
     def _one(self, one: Trial, thresholds: NDArray[np.float32], folder: str) -> None:
         self._use_threads()
-        trial.run(self.store, self._named(one.data), one, thresholds, folder, self.about)
+        fit = fits.by(one.workers, self.options.cpus_per_trial, self.options.gpus_per_trial)
+        trial.run(self.store, self._named(one.data), one, thresholds, folder, self.about, fit)
 
     def _use_threads(self) -> None:
         torch.set_num_threads(max(1, int(self.options.cpus_per_trial)))

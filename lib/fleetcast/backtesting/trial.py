@@ -1,7 +1,7 @@
 """One trial: fits a model with one seed on one data set, and measures it on the validation and test parts.
 
-Plain torch in one process. Everything goes to the trial's folder in the store; `manifest.json`, written last,
-says what was run and is enough to run it again.
+Everything goes to the trial's folder in the store; `manifest.json`, written last, says what was run and is
+enough to run it again.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from numpy.typing import NDArray
 
 from fleetcast import models
+from fleetcast.backtesting import fits
 from fleetcast.backtesting.data import Data
-from fleetcast.backtesting.plan import NAIVE, Rung, Trial
-from fleetcast.evaluation import backtest
+from fleetcast.backtesting.plan import NAIVE, Trial
+from fleetcast.evaluation import backtest, levels
 from fleetcast.evaluation.backtest import Measured
+from fleetcast.evaluation.metrics import Scores
 from fleetcast.models import saving
 from fleetcast.models.base import Model, Output
 from fleetcast.models.geometry import Geometry
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store
-from fleetcast.training.loop import Run, train
-from fleetcast.training.options import FitOptions
+from fleetcast.training.loop import Progress
 from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.manifest import Part
@@ -37,9 +38,9 @@ _BATCH = 16
 _TIMED = 5
 
 
-def search(data: Data, rung: Rung, fit: FitOptions) -> float:
+def search(data: Data, trial: Trial) -> float:
     """The validation loss of a model after a short fit. Raises DivergedError."""
-    return _fit(data, rung, fit)[1].progress.best_loss
+    return fits.alone(data, trial, build(data, trial))[0].best_loss
 
 
 def run(
@@ -49,6 +50,7 @@ def run(
     thresholds: NDArray[np.float32] | None,
     folder: str,
     about: dict[str, Any],
+    fit: fits.Fit = fits.alone,
 ) -> None:
     """Runs a trial into `folder`; `about` goes into its manifest. Without thresholds of high load no peaks
     are counted. Raises DivergedError."""
@@ -57,14 +59,15 @@ def run(
     if trial.rung.model == NAIVE:
         ladder = backtest.rungs(data.manifest, None, "")
     else:
-        model, fitted = _fit(data, trial.rung, trial.fit)
-        model.load_state_dict(fitted.best)
+        model = build(data, trial)
+        progress, best = fit(data, trial, model)
+        model.load_state_dict(best)
         model.eval()
         ladder = {trial.rung.name: _on_cpu(model)}
-        cost = _cost(data, fitted)
+        cost = _cost(data, model, progress)
         config = models.configure(trial.rung.model, trial.rung.options)
-        saving.save(store, folder, trial.rung.model, config, model.geometry, fitted.best)
-        store.write_json(f"{folder}/history.json", fitted.progress.history)
+        saving.save(store, folder, trial.rung.model, config, model.geometry, best)
+        store.write_json(f"{folder}/history.json", progress.history)
     validation = _measure(data, ladder, "val", None, None)
     shifts = {name: _shifts(found) for name, found in validation.items()}
     test = _measure(data, ladder, "test", shifts, thresholds)
@@ -74,36 +77,47 @@ def run(
     store.write_json(f"{folder}/{MANIFEST}", found)
 
 
+def by_level(store: Store, data: Data, folder: str) -> list[Scores]:
+    """The scores of a complete trial's model on the test part, for each of `evaluation.levels.LEVELS`.
+
+    Raises InputError if the data have no request rate.
+    """
+    m = data.manifest
+    steps = levels.level_of(levels.cluster_rate(data.store, m))
+    model = saving.load(store, folder)
+    rung = _on_cpu(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+    (validation,) = _measure(data, {"model": rung}, "val", None, None).values()
+    batches = data.shards().batches(order.evaluation(m, "test", _BATCH))
+    return levels.by_level(batches, rung, m.scaler, QUANTILES, m.horizon, _shifts(validation), steps)
+
+
 def _shifts(found: Measured) -> NDArray[np.float64]:
     assert found.residuals is not None, "the validation part is measured without shifts"
     return found.residuals.shifts()
 
 
-def _fit(data: Data, rung: Rung, fit: FitOptions) -> tuple[Model, Run]:
-    """A model on its device with the weights of the last epoch, and the run that has the best ones."""
-    torch.manual_seed(fit.seed)
+def build(data: Data, trial: Trial) -> Model:
+    """The trial's model before its fit, on its device."""
+    torch.manual_seed(trial.fit.seed)
     geometry = Geometry.of(data.manifest, QUANTILES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.build(rung.model, rung.options, geometry).to(device)
-    fitted = Run.start(model, data.shards(), fit)
-    train(fitted, lambda *_: None)
-    return model, fitted
+    return models.build(trial.rung.model, trial.rung.options, geometry).to(device)
 
 
-def _cost(data: Data, fitted: Run) -> dict[str, Any]:
+def _cost(data: Data, model: Model, progress: Progress) -> dict[str, Any]:
     """What the fit took and what a forecast takes: seconds, and milliseconds for one window of one group."""
-    history = fitted.progress.history
+    history = progress.history
     seconds = [epoch["seconds"] for epoch in history]
     index, origins = order.evaluation(data.manifest, "test", 1)[0]
-    batch = fitted.shards[index].batch(origins).to(fitted.device)
+    batch = data.shards()[index].batch(origins).to(model.device)
     times = []
     with torch.no_grad():
         for _ in range(_TIMED):
             started = time.perf_counter()
-            fitted.model(batch).mean.cpu()
+            model(batch).mean.cpu()
             times.append(time.perf_counter() - started)
     return {
-        "parameters": sum(p.numel() for p in fitted.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": len(history),
         "seconds_per_epoch": float(np.mean(seconds)),
         "fit_seconds": float(np.sum(seconds)),

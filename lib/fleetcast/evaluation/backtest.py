@@ -28,7 +28,7 @@ from fleetcast.windows.manifest import Manifest, Scaler
 Rung = Callable[[Batch], Output]
 
 #: An absolute percentage error counts only where the target reaches this share of the metric's training std.
-_FLOOR = 0.25
+FLOOR = 0.25
 
 
 def rungs(manifest: Manifest, model: Model | None, name: str) -> dict[str, Rung]:
@@ -122,7 +122,7 @@ def measure(
     `batch.nodes` counts in) peaks are, too.
     """
     metrics = len(scaler.mean)
-    floor = np.asarray(scaler.std) * _FLOOR
+    floor = np.asarray(scaler.std) * FLOOR
     measured = {
         name: Measured(
             Scores.zeros(horizon, levels, floor, scaler.mean),

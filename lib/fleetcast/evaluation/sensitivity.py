@@ -3,6 +3,7 @@
     study = Study(grid, "los-loop", {1: {"mape": [0.11, 0.12, 0.11]}, 2: …}, …)
     study.verdict          # agrees, differs, or flat within noise
     render([study], "…")   # the page, with a figure in the paper's form
+    Study.from_json(grid, study.to_json())
 
 A point is one value of the setting. What chance makes of a point is known from its seeds alone, so with three
 seeds only large effects are told apart.
@@ -10,10 +11,11 @@ seeds only large effects are told apart.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +36,27 @@ Verdict = Literal["agrees", "differs", "flat within noise", "not told apart"]
 
 
 @dataclass(frozen=True)
+class Claim(ABC):
+    """What a paper found."""
+
+    point: float
+    """The point that the paper names, as marked in figures and tables."""
+
+    @property
+    @abstractmethod
+    def mark(self) -> str:
+        """What the paper says of that point."""
+
+    @abstractmethod
+    def verdict(self, study: Study) -> Verdict:
+        """Whether our trials agree."""
+
+    @abstractmethod
+    def words(self, study: Study) -> str:
+        """The verdict in words, with the figures that it rests on."""
+
+
+@dataclass(frozen=True)
 class Grid:
     """One sensitivity study of a paper: a setting, its points, and what the paper found."""
 
@@ -44,14 +67,17 @@ class Grid:
     points: tuple[float, ...]
     figures: tuple[str, ...]
     """By their names in `metrics.figures`; the first is where the optimum is sought."""
-    best: float
-    """The paper's optimum, one of the points."""
+    claim: Claim
     source: str
     """The paper and its figure."""
 
     def point(self, value: float) -> str:
         """A point in words."""
         return f"{value:g}"
+
+    def tick(self, value: float) -> str:
+        """A point below its place on an axis."""
+        return self.point(value)
 
 
 @dataclass(frozen=True)
@@ -105,37 +131,117 @@ class Study:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """Flat if an analysis of variance finds no point that differs; else whether the paper's optimum is
-        ours, or cannot be told apart from it (Welch's test)."""
-        samples = [np.asarray(found[self.first]) for found in self.values.values()]
-        if len(samples) < 2 or min(map(len, samples)) < 2 or not _differ(samples):
-            return "flat within noise"
-        if self.best == self.grid.best:
-            return "agrees"
-        theirs = self.values.get(self.grid.best)
-        if theirs is None:
-            return "differs"
-        ours = np.asarray(self.values[self.best][self.first])
-        p = stats.ttest_ind(ours, np.asarray(theirs[self.first]), equal_var=False).pvalue
-        return "differs" if p < 1 - CONFIDENCE else "not told apart"
+        """Whether the paper's claim holds here."""
+        return self.grid.claim.verdict(self)
 
     @property
     def words(self) -> str:
         """The verdict in a sentence, with the figures that it rests on."""
-        grid, title = self.grid, TITLES[self.first]
-        found = self.intervals(self.first)
-        shown = f"{grid.point(self.best)} ({title} {_figure(self.first, found[self.best].mean)})"
-        paper = f"the paper’s is {grid.point(grid.best)}"
-        if grid.best in found:
-            paper += f" (here {_figure(self.first, found[grid.best].mean)})"
-        ends = {
+        return f"{self.data}, {self.grid.setting}: {self.grid.claim.words(self)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, for those who draw it anew; the grid by its name."""
+        return {
+            "grid": self.grid.name,
+            "data": self.data,
+            "model": self.grid.model,
+            "values": {f"{point:g}": dict(found) for point, found in self.values.items()},
+            "budget": self.budget,
+            "missing": {f"{point:g}": why for point, why in self.missing.items()},
+            "best": f"{self.best:g}",
+            "paper": f"{self.grid.claim.point:g}",
+            "verdict": self.verdict,
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def from_json(cls, grid: Grid, saved: dict[str, Any]) -> Study:
+        """What `to_json` gave of a study of this grid."""
+        values, missing = (
+            {float(point): of for point, of in saved[name].items()} for name in ("values", "missing")
+        )
+        return cls(grid, saved["data"], values, saved["budget"], saved["seconds"], missing)
+
+
+@dataclass(frozen=True)
+class Optimum(Claim):
+    """A paper's best point."""
+
+    @property
+    def mark(self) -> str:
+        """Of the best point."""
+        return "the paper’s best"
+
+    def verdict(self, study: Study) -> Verdict:
+        """Flat if an analysis of variance finds no point that differs; else whether the paper's optimum is
+        ours, or cannot be told apart from it (Welch's test)."""
+        samples = [np.asarray(found[study.first]) for found in study.values.values()]
+        if len(samples) < 2 or min(map(len, samples)) < 2 or not _differ(samples):
+            return "flat within noise"
+        if study.best == self.point:
+            return "agrees"
+        theirs = study.values.get(self.point)
+        if theirs is None:
+            return "differs"
+        ours = np.asarray(study.values[study.best][study.first])
+        p = stats.ttest_ind(ours, np.asarray(theirs[study.first]), equal_var=False).pvalue
+        return "differs" if p < 1 - CONFIDENCE else "not told apart"
+
+    def words(self, study: Study) -> str:
+        """Our best point and the paper's."""
+        grid, title = study.grid, TITLES[study.first]
+        found = study.intervals(study.first)
+        shown = f"{grid.point(study.best)} ({title} {_figure(study.first, found[study.best].mean)})"
+        paper = f"the paper’s is {grid.point(self.point)}"
+        if self.point in found:
+            paper += f" (here {_figure(study.first, found[self.point].mean)})"
+        ends: dict[Verdict, str] = {
             "agrees": f"the best is {shown}, as in the paper: agrees.",
             "differs": f"the best is {shown}, {paper}: differs.",
             "not told apart": f"the best is {shown}, {paper}: the two are not told apart.",
             "flat within noise": "flat within noise: no point is surely better than another; the best mean "
             f"is at {shown}, {paper}.",
         }
-        return f"{self.data}, {grid.setting}: {ends[self.verdict]}"
+        return ends[study.verdict]
+
+
+@dataclass(frozen=True)
+class StaysAbove(Claim):
+    """A paper's claim that a figure stays above a floor up to the point, and falls beyond."""
+
+    figure: str
+    floor: float
+
+    @property
+    def mark(self) -> str:
+        """Of the last point that the paper has above the floor."""
+        return f"paper: above {self.floor:.2f} up to here"
+
+    def verdict(self, study: Study) -> Verdict:
+        """Agrees if the intervals of all points up to that one lie above the floor, and differs if any of
+        them lies below."""
+        found = [one for point, one in study.intervals(self.figure).items() if point <= self.point]
+        if not found or any(one.mean + one.width < self.floor for one in found):
+            return "differs" if found else "not told apart"
+        return "agrees" if all(one.mean - one.width > self.floor for one in found) else "not told apart"
+
+    def words(self, study: Study) -> str:
+        """The figure at each point."""
+        grid, title = study.grid, TITLES[self.figure]
+        each = ", ".join(
+            f"{_figure(self.figure, one.mean)} at {grid.point(point)}"
+            for point, one in study.intervals(self.figure).items()
+        )
+        ends: dict[Verdict, str] = {
+            "agrees": "agrees",
+            "differs": "differs",
+            "not told apart": "the seeds or the points that there are do not tell",
+            "flat within noise": "",
+        }
+        return (
+            f"{title} is {each}; the paper’s stays above {self.floor:.2f} up to {grid.point(self.point)} and "
+            f"falls beyond: {ends[study.verdict]}."
+        )
 
 
 def _differ(samples: Sequence[NDArray[np.float64]]) -> bool:
@@ -145,10 +251,12 @@ def _differ(samples: Sequence[NDArray[np.float64]]) -> bool:
     return bool(stats.f_oneway(*samples).pvalue < 1 - CONFIDENCE)
 
 
-def render(studies: Sequence[Study], title: str) -> Pages:
-    """The page of some studies."""
+def render(studies: Sequence[Study], title: str, left_out: Mapping[str, str] | None = None) -> Pages:
+    """The page of some studies; `left_out` has the setting of each that the data do not allow, and why."""
     found = [_how_to_read(), *(_section(study) for study in studies)]
-    return document.pages(title, [study.words for study in studies], found)
+    verdicts = [study.words for study in studies]
+    verdicts += [f"{setting}: left out: {why}." for setting, why in (left_out or {}).items()]
+    return document.pages(title, verdicts, found)
 
 
 def _how_to_read() -> Section:
@@ -164,6 +272,8 @@ def _how_to_read() -> Section:
             "over the points. “Flat within noise”: an analysis of variance finds no point that differs from "
             "the others at 5 %. “Not told apart”: the best point and the paper’s do not differ by Welch’s "
             "test at 5 %.",
+            "Requests per second: the same trials, their targets sorted by how many requests all entities "
+            "received together at the time that a target is of.",
         ),
     )
 
@@ -174,7 +284,7 @@ def _section(study: Study) -> Section:
     rows = []
     for point, found in study.values.items():
         cells = (_cell(figure, study.intervals(figure)[point]) for figure in grid.figures)
-        mark = " (paper’s best)" if point == grid.best else ""
+        mark = f" ({grid.claim.mark})" if point == grid.claim.point else ""
         rows.append((f"{grid.point(point)}{mark}", *cells, str(len(found[study.first]))))
     words = (
         study.words,
@@ -184,7 +294,7 @@ def _section(study: Study) -> Section:
     )
     best = rows[list(study.values).index(study.best)][0]
     table = Table(columns, rows, marked=frozenset({best}))
-    pictures = tuple(_picture(study, figure) for figure in grid.figures)
+    pictures = tuple(picture(study, figure) for figure in grid.figures)
     return Section(f"{study.data}: {grid.setting}", words, (table,), pictures)
 
 
@@ -198,7 +308,7 @@ def _figure(figure: str, value: float) -> str:
     return percent(value) if figure in _SHARES else number(value)
 
 
-def _picture(study: Study, name: str) -> Picture:
+def picture(study: Study, name: str) -> Picture:
     """A figure at each point, evenly spaced as the papers draw them."""
     grid, share = study.grid, name in _SHARES
     title = TITLES[name] + (", %" if share else "")
@@ -208,10 +318,11 @@ def _picture(study: Study, name: str) -> Picture:
     mean, width = (times * np.array([getattr(one, part) for one in found]) for part in ("mean", "width"))
     bars = np.where(np.isfinite(width), width, 0)
     axes.errorbar(places, mean, bars, fmt="o-", color=plots.MODEL, capsize=2.5, label="mean over seeds, 95 %")
-    if grid.best in study.values:
-        at = list(study.values).index(grid.best)
-        axes.axvline(at, color=plots.QUIET, linestyle="--", linewidth=1, label="the paper’s best")
-    axes.set_xticks(places, [grid.point(point) for point in study.values])
+    claim = grid.claim
+    if claim.point in study.values:
+        at = list(study.values).index(claim.point)
+        axes.axvline(at, color=plots.QUIET, linestyle="--", linewidth=1, label=claim.mark)
+    axes.set_xticks(places, [grid.tick(point) for point in study.values])
     axes.set_xlabel(grid.setting)
     plots.legend(figure, axes)
     where = f"{study.data}: {TITLES[name]} by {grid.setting}"

@@ -15,11 +15,14 @@ from fleetcast.traces.synthesis import Part, SynthesizeOptions, parts, write_par
 
 log = logging.getLogger("fleetcast")
 
-_PART_FILE = re.compile(r"(machine|container)_(meta|usage)-\d{5,}\.\S+|batch_(task|instance)-\d{5,}\.\S+")
+_PART_FILE = re.compile(
+    r"(machine|container)_(meta|usage)-\d{5,}\.\S+|batch_(task|instance)-\d{5,}\.\S+"
+    r"|(services|calls)\.parquet"
+)
 
 
 def synthesize(options: SynthesizeOptions, out: Store) -> dict[str, Any]:
-    """Writes all six tables into `out`, over what an earlier run left there; returns the run's figures.
+    """Writes all tables into `out`, over what an earlier run left there; returns the run's figures.
 
     Every file is written whole or not at all and depends on the options alone, so a run that died is simply
     run again. Raises InputError if `out` is a file.
@@ -27,7 +30,7 @@ def synthesize(options: SynthesizeOptions, out: Store) -> dict[str, Any]:
     if out.fs.isfile(out.root):
         raise InputError(f"--out {out.uri}: is a file, expected a folder")
     todo = parts(options)
-    names = {_file(options, part) for part in todo}
+    names = {part.file(options) for part in todo}
     for old in out.list(""):
         # Files of a longer earlier trace would otherwise become part of this one.
         if _PART_FILE.fullmatch(old) and old not in names:
@@ -54,13 +57,9 @@ def synthesize(options: SynthesizeOptions, out: Store) -> dict[str, Any]:
     }
 
 
-def _file(options: SynthesizeOptions, part: Part) -> str:
-    return f"{part.name}.{options.format}"
-
-
 def _write(options: SynthesizeOptions, out: Store, part: Part) -> dict[str, Any]:
     """One file → its receipt."""
-    with out.write(_file(options, part)) as file:
+    with out.write(part.file(options)) as file:
         rows = write_part(options, part, file)
         size = file.tell()
     return {"table": part.table, "rows": rows, "bytes": size}

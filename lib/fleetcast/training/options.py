@@ -54,5 +54,7 @@ class TrainOptions(create_model("ModelOptions", __base__=FitOptions, **_FIELDS))
     """CPUs of each worker."""
     gpu: bool = False
     """Whether each worker has a GPU (NCCL and mixed precision) or none (gloo)."""
+    tensorboard: str | None = None
+    """A folder for TensorBoard's files, which every node can write to; not written if not given."""
     max_failures: int = Field(2, ge=0)
     """How often a failed worker group is restarted from the last checkpoint."""

@@ -22,6 +22,7 @@ from fleetcast.runtime import PeakMemory, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
+from fleetcast.training.curves import curves
 from fleetcast.training.loop import Progress, Run, train
 from fleetcast.training.options import TrainOptions
 from fleetcast.training.register import Trained, register, select, verdict
@@ -37,7 +38,7 @@ def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
     store.open_existing()
     manifest = manifests.load(store, options.windows)
     config: ModelConfig = getattr(options, options.model)
-    relevant = options.model_dump(mode="json", exclude={"max_failures", "cpus_per_worker"})
+    relevant = options.model_dump(mode="json", exclude={"max_failures", "cpus_per_worker", "tensorboard"})
     digest = fingerprint([manifest.fingerprint, relevant])
     end = datetime.fromtimestamp(manifest.start + manifest.step * manifest.steps, UTC)
     folder = f"models/{options.model}/{end:%Y%m%dT%H%M%SZ}-{digest}"
@@ -47,7 +48,9 @@ def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
         return {**saved["summary"], "model": folder, "selected": _select(store, folder), "skipped": True}
 
     geometry = Geometry.of(manifest, QUANTILES)
-    progress, weights, peak = _fit(store, manifest, options, geometry, digest)
+    place = options.tensorboard and f"{options.tensorboard}/{folder}"
+    told = options.model_copy(update={"tensorboard": place})
+    progress, weights, peak = fit(store, manifest, told, geometry, digest)
     work = f"_work/models/{digest}"
     saving.save(store, f"{work}/model", options.model, config, geometry, weights)
     trained = Trained(options.model, progress, options.model_dump(mode="json"), peak)
@@ -64,10 +67,17 @@ def _select(store: Store, folder: str) -> str:
     return chosen["rung"]
 
 
-def _fit(
-    store: Store, manifest: Manifest, options: TrainOptions, geometry: Geometry, digest: str
+def fit(
+    store: Store,
+    manifest: Manifest,
+    options: TrainOptions,
+    geometry: Geometry,
+    digest: str,
 ) -> tuple[Progress, dict[str, torch.Tensor], int]:
-    """Runs Ray Train to the end; returns progress, the best weights, and the largest memory of a worker."""
+    """Runs Ray Train to the end; returns progress, the best weights, and the largest memory of a worker.
+
+    Its state is kept below `_work/training/<digest>`: called again it goes on from the last checkpoint there.
+    """
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -132,6 +142,7 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
         log.info("train: rank %d goes on after epoch %d", run.rank, run.progress.epoch)
 
     def save(run: Run, figures: dict[str, float]) -> None:
+        watch(run, figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if run.rank == 0:
@@ -139,5 +150,6 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(figures, checkpoint=checkpoint)
 
-    train(run, save)
+    with curves(options.tensorboard if run.rank == 0 else None) as watch:
+        train(run, save)
     return peak.bytes()

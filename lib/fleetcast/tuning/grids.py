@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fleetcast.evaluation.sensitivity import Grid
+import numpy as np
+
+from fleetcast.evaluation.levels import LEVELS
+from fleetcast.evaluation.sensitivity import Grid, Optimum, StaysAbove
 from fleetcast.windows.manifest import ShardOptions
 
 _FUSION = "Wang 2026, temporal-structural fusion (doi 10.20944/preprints202602.1772.v1)"
@@ -20,6 +23,20 @@ class WindowGrid(Grid):
         return f"{value:g} min"
 
 
+class LevelGrid(Grid):
+    """Its points are the upper bounds of the cluster's request rates; all come of the same trials."""
+
+    def point(self, value: float) -> str:
+        """`High (≤ 5,000/s)`."""
+        *_, last = (bound for bound in LEVELS if np.isfinite(bound))
+        bound = f"≤ {value:,.0f}/s" if np.isfinite(value) else f"> {last:,.0f}/s"
+        return f"{LEVELS[value]} ({bound})"
+
+    def tick(self, value: float) -> str:
+        """The name above the bound."""
+        return self.point(value).replace(" (", "\n").removesuffix(")")
+
+
 #: Grids whose points are values of an option of the model, by that option's name.
 _OPTIONS = {"layers": "layers", "heads": "heads", "sparsity": "sparsity"}
 
@@ -32,28 +49,45 @@ GRIDS: dict[str, Grid] = {
             "fusion",
             (1, 2, 3, 4, 5, 6),
             ("mape",),
-            4,
+            Optimum(4),
             f"{_FUSION}, Fig. 2",
         ),
-        Grid("heads", "attention heads", "fusion", (1, 2, 4, 8), _ALL, 4, f"{_FUSION}, Fig. 3"),
+        Grid("heads", "attention heads", "fusion", (1, 2, 4, 8), _ALL, Optimum(4), f"{_FUSION}, Fig. 3"),
         Grid(
             "sparsity",
             "sparsity of the adjacency",
             "fusion",
             (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
             ("mse",),
-            0.5,
+            Optimum(0.5),
             f"{_FUSION}, Fig. 4",
         ),
-        Grid("nodes", "number of nodes", "fusion", (20, 40, 60, 80, 100), _ALL, 60, f"{_FUSION}, Fig. 5"),
+        Grid(
+            "nodes",
+            "number of nodes",
+            "fusion",
+            (20, 40, 60, 80, 100),
+            _ALL,
+            Optimum(60),
+            f"{_FUSION}, Fig. 5",
+        ),
         WindowGrid(
             "window",
             "width of a step",
             "stgnn",
             (5, 10, 30, 60),
             ("mae", "rmse", "r2"),
-            10,
+            Optimum(10),
             f"{_STGNN}, Fig. 2",
+        ),
+        LevelGrid(
+            "concurrency",
+            "requests per second",
+            "stgnn",
+            tuple(LEVELS),
+            ("mae", "rmse", "r2"),
+            StaysAbove(5000, "r2", 0.9),
+            f"{_STGNN}, Fig. 3",
         ),
     )
 }
@@ -69,6 +103,11 @@ def options(grid: Grid, point: float) -> dict[str, Any]:
 def changes_windows(grid: Grid) -> bool:
     """Whether each point has windows of its own."""
     return grid.name in ("nodes", "window")
+
+
+def splits_targets(grid: Grid) -> bool:
+    """Whether the points are parts of the test targets, so that all share the same trials."""
+    return isinstance(grid, LevelGrid)
 
 
 def windows(grid: Grid, point: float, given: ShardOptions) -> ShardOptions:

@@ -47,9 +47,16 @@ class TuneOptions(SourceOptions):
     learning_rate: float = Field(2e-3, gt=0)
     """Of every trial of a grid."""
     cpus_per_trial: float = Field(1, gt=0)
-    """CPUs that Ray keeps for a trial, and its threads; fractions are allowed."""
+    """CPUs that Ray keeps for a trial, and its threads; fractions are allowed. Of each worker, if there are
+    several."""
     gpus_per_trial: float = Field(0, ge=0)
-    """GPUs of a trial; fractions let trials share one."""
+    """GPUs of a trial; fractions let trials share one. Of each worker, if there are several."""
+    workers_per_trial: int = Field(1, ge=1)
+    """DDP workers of a trial; each reads its own part of the data. Other workers give other figures. A
+    search stops no try half-way that has several."""
+    tensorboard: str | None = None
+    """A folder for TensorBoard's files, which every node can write to: the losses of each trial, epoch by
+    epoch. Not written if not given."""
     max_concurrent: int | None = Field(None, ge=1)
     """Most trials at a time; as many as there are resources for, if not given."""
 
@@ -66,6 +73,14 @@ class TuneOptions(SourceOptions):
     def _grid_or_search(self) -> TuneOptions:
         if (self.grid is None) == (self.search is None):
             raise ValueError("expected exactly one of grid and search")
+        return self
+
+    @model_validator(mode="after")
+    def _workers(self) -> TuneOptions:
+        if self.workers_per_trial > 1 and self.scheduler == "pbt":
+            raise ValueError("workers_per_trial: pbt takes over the state of single processes, expected 1")
+        if self.workers_per_trial > 1 and self.gpus_per_trial not in (0, 1):
+            raise ValueError(f"gpus_per_trial: expected 0 or 1 of each worker, got {self.gpus_per_trial:g}")
         return self
 
     @model_validator(mode="after")

@@ -14,11 +14,12 @@ from fleetcast.backtesting.data import Data
 from fleetcast.backtesting.plan import Rung, Trial
 from fleetcast.errors import InputError
 from fleetcast.evaluation import metrics, sensitivity
+from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.sensitivity import Grid, Study
 from fleetcast.models import configure
 from fleetcast.provenance import provenance
 from fleetcast.store import MANIFEST, Store
-from fleetcast.tuning import grids, trials
+from fleetcast.tuning import grids, levels, trials
 from fleetcast.tuning.options import TuneOptions
 from fleetcast.tuning.search import search
 from fleetcast.windows import manifest as manifests
@@ -50,26 +51,36 @@ def tune(store: Store, options: TuneOptions) -> dict[str, Any]:
         return search(store, _data(store, options), options)
     found = Store(f"{store.uri}/backtests").open_or_create()
     plan, missing = _plan(store, options)
-    every = [(one, point.data) for points in plan.values() for point in points for one in point.trials]
-    stopped = trials.run(found, every, options, provenance())
+    # Points that are the models' defaults are the same trials in several grids.
+    every = {
+        one.folder: (one, point.data) for points in plan.values() for point in points for one in point.trials
+    }
+    stopped = trials.run(found, list(every.values()), options, provenance())
+    for name, of_grid in plan.items():
+        if of_grid and grids.splits_targets(grids.GRIDS[name]):
+            levels.run(found, of_grid[0].data, of_grid[0].trials, options)
     studies = [
         study
-        for name, points in plan.items()
-        if (study := _study(found, name, points, missing[name], options))
+        for name, of_grid in plan.items()
+        if (study := _study(found, name, of_grid, missing[name], options))
     ]
+    done = {study.grid.name for study in studies}
+    left_out = {
+        grids.GRIDS[name].setting: "; ".join(sorted({*missing[name].values(), *stopped.values()}))
+        for name in plan
+        if name not in done
+    }
     if not studies:
-        reasons = sorted(
-            {*stopped.values(), *(why for left_out in missing.values() for why in left_out.values())}
-        )
-        raise InputError(f"tune {options.name}: no trial came to its end: {'; '.join(reasons)}")
+        raise InputError(f"tune {options.name}: no trial came to its end: {'; '.join(left_out.values())}")
     place = Store(f"{store.uri}/tuning").open_or_create()
-    page = sensitivity.render(studies, f"Sensitivity studies: {options.name}").write(place, options.name)
-    place.write_json(f"{options.name}/studies.json", [_as_json(study) for study in studies])
+    page = sensitivity.render(studies, f"Sensitivity studies: {options.name}", left_out)
+    place.write_json(f"{options.name}/studies.json", [study.to_json() for study in studies])
     return {
-        "report": page,
+        "report": page.write(place, options.name),
         "trials": len(every),
         "stopped": stopped,
         "verdicts": {study.grid.name: study.words for study in studies},
+        "left_out": left_out,
     }
 
 
@@ -83,14 +94,23 @@ def _plan(store: Store, options: TuneOptions) -> tuple[dict[str, list[Point]], d
         plan[name], missing[name] = [], {}
         for value in options.points or grid.points:
             try:
-                data = _cut(store, options, grid, value) if grids.changes_windows(grid) else whole
-                assert data is not None, "a grid of the model's options takes the windows as they are"
+                data = _point_data(store, options, grid, value, whole)
             except InputError as error:
                 missing[name][value] = str(error)
                 log.info("tune: %s of %s is left out: %s", grid.point(value), name, error)
                 continue
             plan[name].append(Point(value, data, _trials(grid, value, data, options)))
     return plan, missing
+
+
+def _point_data(store: Store, options: TuneOptions, grid: Grid, value: float, whole: Data | None) -> Data:
+    """The windows of a point. Raises InputError if the data do not allow it."""
+    if grids.changes_windows(grid):
+        return _cut(store, options, grid, value)
+    assert whole is not None, "a grid of the model's options takes the windows as they are"
+    if grids.splits_targets(grid):
+        levels.check(whole)
+    return whole
 
 
 def _data(store: Store, options: TuneOptions) -> Data:
@@ -120,6 +140,7 @@ def _trials(grid: Grid, value: float, data: Data, options: TuneOptions) -> list[
             data_fingerprint=data.manifest.fingerprint,
             rung=rung,
             fit=options.fit_options(seed),
+            workers=options.workers_per_trial,
         )
         for seed in range(options.seeds)
     ]
@@ -129,25 +150,40 @@ def _study(
     found: Store, name: str, points: list[Point], missing: dict[float, str], options: TuneOptions
 ) -> Study | None:
     """What the trials of a grid found; None if none came to its end."""
-    grid, values, seconds = grids.GRIDS[name], {}, 0.0
+    grid, values = grids.GRIDS[name], {}
+    fits: dict[str, float] = {}
     for point in points:
         complete = [one for one in point.trials if found.exists(f"{one.folder}/{MANIFEST}")]
         if not complete:
             missing = missing | {point.value: "none of its trials came to its end"}
             continue
-        by_seed = [_figures(found, one, point.data) for one in complete]
+        scores = [_scores(found, one, point, grid) for one in complete]
+        if not all(of.n.any() for of in scores):
+            missing = missing | {point.value: "no target of the test part is of such a time"}
+            continue
+        by_seed = [_figures(of, point.data) for of in scores]
         values[point.value] = {figure: [of[figure] for of in by_seed] for figure in grid.figures}
-        seconds += sum(found.read_json(f"{one.folder}/{MANIFEST}")["cost"]["fit_seconds"] for one in complete)
+        fits |= {
+            one.folder: found.read_json(f"{one.folder}/{MANIFEST}")["cost"]["fit_seconds"] for one in complete
+        }
     if not values:
         return None
+    seconds = sum(fits.values())
     return Study(grid, points[0].data.name, values, _budget(grid, options), seconds, missing)
 
 
-def _figures(found: Store, one: Trial, data: Data) -> dict[str, float]:
+def _scores(found: Store, one: Trial, point: Point, grid: Grid) -> Scores:
+    """Of a trial on the targets of a point."""
+    if grids.splits_targets(grid):
+        return levels.read(found, one)[point.value]
+    (measured,) = results.measured(found, one.folder, point.data.manifest.horizon).values()
+    return measured.scores
+
+
+def _figures(scores: Scores, data: Data) -> dict[str, float]:
     """Figure → the mean over metrics, in units of the training part's standard deviation."""
     m = data.manifest
-    (measured,) = results.measured(found, one.folder, m.horizon).values()
-    of_metrics = metrics.figures(measured.scores, np.asarray(m.seasonal_error))
+    of_metrics = metrics.figures(scores, np.asarray(m.seasonal_error))
     return {
         figure: float(
             np.mean(
@@ -168,18 +204,3 @@ def _budget(grid: Grid, options: TuneOptions) -> str:
         f"{grid.model}, at most {fit.epochs} epochs of {steps} of {fit.batch_size} windows, learning rate "
         f"{options.learning_rate:g}, {options.seeds} seeds."
     )
-
-
-def _as_json(study: Study) -> dict[str, Any]:
-    """For those who draw it anew."""
-    return {
-        "grid": study.grid.name,
-        "data": study.data,
-        "model": study.grid.model,
-        "values": {f"{point:g}": dict(found) for point, found in study.values.items()},
-        "missing": {f"{point:g}": why for point, why in study.missing.items()},
-        "best": study.best,
-        "paper": study.grid.best,
-        "verdict": study.verdict,
-        "seconds": study.seconds,
-    }

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fleetcast import models
 from fleetcast.backtesting.data import Data
 from fleetcast.backtesting.plan import Rung, Trial
+from fleetcast.backtesting.trial import build
 from fleetcast.errors import InputError
 from fleetcast.evaluation import search_report
 from fleetcast.evaluation.search_report import Try
 from fleetcast.models import configure
-from fleetcast.models.geometry import Geometry
 from fleetcast.provenance import provenance
 from fleetcast.runtime import log_to, worker_logs
-from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
+from fleetcast.training.curves import curves
 from fleetcast.training.loop import DivergedError, Run, train
 from fleetcast.training.options import FitOptions
 from fleetcast.tuning import trials
@@ -37,6 +36,7 @@ log = logging.getLogger("fleetcast")
 
 #: Epochs that every try has before it may be stopped, and how many times more the better half then gets.
 _GRACE, _FACTOR = 2, 2
+#: What a try reports: the lowest validation loss so far.
 _LOSS = "loss"
 #: Where neither their number nor a time is given.
 _TRIES = 20
@@ -82,14 +82,14 @@ def _tries(results: Store, data: Data, options: TuneOptions, model: str) -> list
 
     opened = trials.opened({data.manifest.fingerprint: data})
     domains = space(model, options.space)
-    settings = {"search", "scheduler", "trials", "minutes", "space", "fit", "options"}
+    settings = {"search", "scheduler", "trials", "minutes", "space", "fit", "options", "workers_per_trial"}
     about = options.model_dump(mode="json", include=settings)
     name = f"search-{model}-{fingerprint([data.manifest.fingerprint, about])}"
     path = results.path(f"{trials.STATE}/{name}")
     with worker_logs() as queue:
         function = tune.with_resources(
             tune.with_parameters(_try, data=data, opened=opened, options=options, queue=queue),
-            {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial},
+            trials.resources(options),
         )
         if tune.Tuner.can_restore(path, storage_filesystem=results.arrow_fs):
             log.info("search: goes on where it was")
@@ -137,8 +137,8 @@ def _tune_config(options: TuneOptions) -> Any:
         time_budget_s=None if options.minutes is None else 60 * options.minutes,
         scheduler=scheduler,
         search_alg=algorithm,
-        max_concurrent_trials=options.max_concurrent,
-        reuse_actors=options.scheduler != "pbt",
+        max_concurrent_trials=trials.most(options),
+        reuse_actors=options.scheduler != "pbt" and options.workers_per_trial == 1,
     )
 
 
@@ -150,30 +150,46 @@ def _try(
     from ray import tune
 
     assert options.search is not None
+    one = _trial(data, options, config, seed=0)
+    if options.workers_per_trial > 1:
+        _try_on_workers(one, data, options, queue)
+        return
     if data.manifest.fingerprint in opened:
         data = data.with_shards(ray.get(opened[data.manifest.fingerprint]))
     torch.set_num_threads(max(1, int(options.cpus_per_trial)))
     sender = log_to(queue, f"{options.search}, try {tune.get_context().get_trial_id()}")
-    one = _trial(data, options, config, seed=0)
-    torch.manual_seed(0)
-    net = models.build(one.rung.model, one.rung.options, Geometry.of(data.manifest, QUANTILES))
-    net = net.to("cuda" if torch.cuda.is_available() else "cpu")
-    run = Run.start(net, data.shards(), one.fit)
+    run = Run.start(build(data, one), data.shards(), one.fit)
     last = tune.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
             checkpoints.restore(run, Path(folder))
 
-    def report(run: Run, _: dict[str, float]) -> None:
+    def report(run: Run, figures: dict[str, float]) -> None:
+        watch(run, figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoints.write(run, Path(folder))
             tune.report({_LOSS: run.progress.best_loss}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     try:
-        train(run, report)
+        with curves(options.tensorboard and f"{options.tensorboard}/{one.search}") as watch:
+            train(run, report)
     except DivergedError as error:
         log.info("stopped: %s", error)
         tune.report({_LOSS: np.inf})
+    finally:
+        sender.stop()
+
+
+def _try_on_workers(one: Trial, data: Data, options: TuneOptions, queue: Any) -> None:
+    """The same by DDP workers, which keep their own state to go on from. Their epochs are reported once all
+    are over: workers that Ray Tune stops half-way take what others wait for with them."""
+    from ray import tune
+
+    sender = log_to(queue, f"{one.rung.name}, try {tune.get_context().get_trial_id()}")
+    try:
+        progress, _ = trials.fit_of(options)(data, one, build(data, one))
+        for loss in np.minimum.accumulate([epoch["val_loss"] for epoch in progress.history]):
+            tune.report({_LOSS: float(loss)})
     finally:
         sender.stop()
 
@@ -190,7 +206,13 @@ def _trial(data: Data, options: TuneOptions, settings: dict[str, Any], seed: int
         options=configure(options.search, given).model_dump(mode="json"),
     )
     fit = FitOptions(**(options.fit.model_dump() | of_fit), seed=seed)
-    return Trial(data=data.name, data_fingerprint=data.manifest.fingerprint, rung=rung, fit=fit)
+    return Trial(
+        data=data.name,
+        data_fingerprint=data.manifest.fingerprint,
+        rung=rung,
+        fit=fit,
+        workers=options.workers_per_trial,
+    )
 
 
 def _read(found: Any) -> Try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fleetcast.backtesting import fits
 from fleetcast.backtesting import trial as trials
 from fleetcast.backtesting.data import Data
 from fleetcast.backtesting.plan import Trial
@@ -27,6 +28,8 @@ log = logging.getLogger("fleetcast")
 STATE = "_work/tune"
 #: Share of the object store that the data of all trials may take; beyond it trials open their own shards.
 _SHARED = 0.5
+#: Memory of a trial that waits for its workers [bytes].
+_WAITING = 1 << 20
 #: Bytes of an open shard for each value: scaled, filled, steps since the last observation, and the mask.
 _BYTES = 4 + 4 + 4 + 1
 
@@ -65,11 +68,10 @@ def _tuner(
     function = tune.with_parameters(
         _one, results=results, data=data, opened=opened(data), options=options, about=about, queue=queue
     )
-    resources = {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}
     return tune.Tuner(
-        tune.with_resources(function, resources),
+        tune.with_resources(function, resources(options)),
         param_space={"trial": tune.grid_search([one.model_dump(mode="json") for one in todo])},
-        tune_config=tune.TuneConfig(max_concurrent_trials=options.max_concurrent, reuse_actors=True),
+        tune_config=tune.TuneConfig(max_concurrent_trials=most(options), reuse_actors=True),
         run_config=tune.RunConfig(
             name=options.name,
             storage_path=results.path(STATE),
@@ -99,12 +101,38 @@ def _one(
     torch.set_num_threads(max(1, int(options.cpus_per_trial)))
     sender = log_to(queue, f"{one.rung.name} on {found.manifest.name}, seed {one.fit.seed}")
     try:
-        trials.run(results, found, one, None, one.folder, about)
+        trials.run(results, found, one, None, one.folder, about, fit_of(options))
         tune.report({"stopped": ""})
     except DivergedError as error:
         tune.report({"stopped": str(error)})
     finally:
         sender.stop()
+
+
+def resources(options: TuneOptions) -> dict[str, float]:
+    """What Ray keeps for a trial; a trial with workers of its own only waits for them."""
+    if options.workers_per_trial > 1:
+        # Ray Tune wants something; any share of a CPU could be the one that the last worker lacks.
+        return {"memory": _WAITING}
+    return {"cpu": options.cpus_per_trial, "gpu": options.gpus_per_trial}
+
+
+def most(options: TuneOptions) -> int | None:
+    """How many trials may run at a time: with workers of their own as many as find room for all of them."""
+    import ray
+
+    if options.max_concurrent is not None or options.workers_per_trial == 1:
+        return options.max_concurrent
+    there = ray.cluster_resources()
+    needed = {"CPU": options.cpus_per_trial, "GPU": options.gpus_per_trial}
+    room = [there.get(name, 0) // (options.workers_per_trial * of) for name, of in needed.items() if of]
+    return max(1, int(min(room)))
+
+
+def fit_of(options: TuneOptions) -> fits.Fit:
+    """How each trial is fitted."""
+    o = options
+    return fits.by(o.workers_per_trial, o.cpus_per_trial, o.gpus_per_trial, o.tensorboard)
 
 
 def opened(data: dict[str, Data]) -> dict[str, Any]:

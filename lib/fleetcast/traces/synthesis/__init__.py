@@ -1,8 +1,10 @@
-"""A synthetic cluster, written as a raw trace in the exact format of cluster-trace-v2018, quirks included.
+"""A synthetic cluster, written as a raw trace in the exact format of cluster-trace-v2018, quirks included; or
+as a table of services with the calls between them.
 
     cluster   which services depend on which, which machines host them
     load      what every machine and container does at any time: cycles, and shocks that travel
     tables    the rows of the six tables, sampled from the load
+    services  the table of services and their calls: requests per second, latency, cpu
     here      the files of the trace
 
 Everything is a pure function of the options and of a counter (entity, day; table, part), so any part of any
@@ -24,9 +26,13 @@ import polars as pl
 
 from fleetcast.traces.alibaba_2018 import TABLES
 from fleetcast.traces.synthesis.cluster import Stream, SynthesizeOptions, generator
+from fleetcast.traces.synthesis.services import write_calls, write_services
 from fleetcast.traces.synthesis.tables import plan
 
-__all__ = ["Part", "SynthesizeOptions", "frames", "parts", "write_part"]
+#: The files of a trace of services.
+SERVICES = {"services": write_services, "calls": write_calls}
+
+__all__ = ["SERVICES", "Part", "SynthesizeOptions", "frames", "parts", "write_part"]
 
 
 @dataclass(frozen=True)
@@ -41,9 +47,15 @@ class Part:
         """`machine_usage-00000`, without the format's ending."""
         return f"{self.table}-{self.index:05d}"
 
+    def file(self, options: SynthesizeOptions) -> str:
+        """`machine_usage-00000.csv`, or `services.parquet`."""
+        return f"{self.table}.parquet" if self.table in SERVICES else f"{self.name}.{options.format}"
+
 
 def parts(options: SynthesizeOptions) -> list[Part]:
     """All files of the trace."""
+    if options.trace == "services":
+        return [Part(table, 0) for table in SERVICES]
     found = []
     for table in TABLES:
         cut = plan(options, table)
@@ -71,6 +83,8 @@ def frames(options: SynthesizeOptions, part: Part, block_rows: int = 1 << 17) ->
 
 def write_part(options: SynthesizeOptions, part: Part, file: IO[bytes]) -> int:
     """Writes one part in the options' format; returns its rows. The same bytes every time."""
+    if part.table in SERVICES:
+        return SERVICES[part.table](options, file)
     if options.format == "csv":
         return _write_csv(options, part, file)
     # Without a name and a time in its header a gzip stream depends on its content alone.

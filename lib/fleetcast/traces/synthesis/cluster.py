@@ -34,6 +34,10 @@ KNOTS = DAY // KNOT
 class SynthesizeOptions(Options):
     """What the synthetic cluster is like and how its files are cut."""
 
+    trace: Literal["alibaba-2018", "services"] = "alibaba-2018"
+    """What is written: the six tables of cluster-trace-v2018; or services.parquet (time, service,
+    request_rate, latency, cpu, every 5 min) and calls.parquet (time, source, target, weight: requests per
+    second, every hour), which need only services, days, seed, coupling and requests."""
     machines: int = Field(100, ge=1)
     """Machines, of 96 cores each."""
     containers: int | None = Field(None, ge=1)
@@ -52,8 +56,10 @@ class SynthesizeOptions(Options):
     """The same of a container. 10 s, as in the real trace, makes container_usage much the largest table."""
     job_interval: Seconds = Field(1800, ge=60)
     """Every service runs its batch job once in this time [s, or 30min]; must divide a day."""
+    requests: float = Field(2500, gt=0)
+    """Mean requests that all services together receive [1/s]; only where the trace is of services."""
     format: Literal["csv", "csv.gz", "tar.gz"] = "csv"
-    """Of the files; an archive holds one csv."""
+    """Of the six tables' files; an archive holds one csv."""
     rows_per_part: int = Field(1_000_000, ge=25_000)
     """Most rows in a file [rows]: 35 to 110 MB of text a million."""
 
@@ -61,6 +67,8 @@ class SynthesizeOptions(Options):
     @classmethod
     def _at_most_one_a_machine(cls, services: int | None, info: ValidationInfo) -> int | None:
         machines = info.data.get("machines")  # missing if it is wrong itself
+        if info.data.get("trace") == "services":
+            return services
         if services is not None and machines is not None and services > machines:
             raise ValueError(f"expected at most one service a machine, with machines = {machines}")
         return services
@@ -105,6 +113,8 @@ class Stream(IntEnum):
     CONTAINER = 4
     BATCH = 5
     ROWS = 6
+    REQUESTS = 7
+    CROWDS = 8
 
 
 def generator(options: SynthesizeOptions, stream: Stream, *counter: int) -> np.random.Generator:

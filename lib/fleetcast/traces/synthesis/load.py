@@ -48,8 +48,8 @@ def _hump(hours: float) -> Array:
     return kernel / np.linalg.norm(kernel)
 
 
-#: What shocks of cpu and the slower drift of memory look like.
-_SHOCK = _hump(3)
+#: What shocks of load and the slower drift of memory look like.
+SHOCK = _hump(3)
 _DRIFT = _hump(12)
 #: So many knots have a burst, of this mean height [standard deviations of the shock].
 _BURST_SHARE = 0.02
@@ -112,7 +112,7 @@ def _profile(options: SynthesizeOptions, kind: Kind, entity: int) -> _Profile:
     )
 
 
-def _span(series: Callable[[int], Array], first: int, stop: int) -> Array:
+def span(series: Callable[[int], Array], first: int, stop: int) -> Array:
     """Knots `first` … `stop` − 1, counted from the trace's start, of a series that is made day by day."""
     days = range(first // KNOTS, (stop - 1) // KNOTS + 1)
     skipped = first - days[0] * KNOTS
@@ -120,7 +120,7 @@ def _span(series: Callable[[int], Array], first: int, stop: int) -> Array:
 
 
 @lru_cache(maxsize=1 << 14)
-def _innovations(options: SynthesizeOptions, stream: Stream, entity: int, day: int) -> Array:
+def innovations(options: SynthesizeOptions, stream: Stream, entity: int, day: int) -> Array:
     """White noise of one day; the day before the trace, which is −1, counts too."""
     return generator(options, stream, entity, 1 + day).standard_normal(KNOTS)
 
@@ -128,7 +128,7 @@ def _innovations(options: SynthesizeOptions, stream: Stream, entity: int, day: i
 #: Services, and the kernel [_REACH] through which the white noise of each makes a shock.
 _Kernels = dict[int, Array]
 #: What made a shock lies at most so many knots back: one kernel and a delay from each layer to the next.
-_REACH = len(_SHOCK) + (LAYERS - 1) * DELAYS[1] // KNOT
+_REACH = len(SHOCK) + (LAYERS - 1) * DELAYS[1] // KNOT
 
 
 def _sum(terms: Iterable[tuple[float, int, _Kernels]]) -> _Kernels:
@@ -148,7 +148,7 @@ def _deviation(kernels: _Kernels) -> float:
 @lru_cache(maxsize=1 << 16)
 def _kernels(options: SynthesizeOptions, service: int) -> _Kernels:
     """Of a service's shock: its own white noise and that of all services upstream."""
-    own = {service: np.pad(_SHOCK, (0, _REACH - len(_SHOCK)))}
+    own = {service: np.pad(SHOCK, (0, _REACH - len(SHOCK)))}
     parents = upstream(options, service)
     if not parents:
         return own
@@ -160,12 +160,12 @@ def _kernels(options: SynthesizeOptions, service: int) -> _Kernels:
 
 
 @lru_cache(maxsize=1 << 14)
-def _service_shock(options: SynthesizeOptions, service: int, day: int) -> Array:
+def service_shock(options: SynthesizeOptions, service: int, day: int) -> Array:
     """[KNOTS] shock of a service on a day, of unit variance."""
     first, stop = day * KNOTS, (day + 1) * KNOTS
     shock = np.zeros(KNOTS)
     for origin, kernel in _kernels(options, service).items():
-        noise = _span(partial(_innovations, options, Stream.SERVICE, origin), first - _REACH + 1, stop)
+        noise = span(partial(innovations, options, Stream.SERVICE, origin), first - _REACH + 1, stop)
         shock += np.convolve(noise, kernel, mode="valid")
     return shock
 
@@ -218,11 +218,11 @@ def _private_shock_and_drift(
     history = len(_DRIFT) - 1
     noise = np.stack(
         [
-            _span(partial(_innovations, options, kind.stream, entity), first - history, first + knots)
+            span(partial(innovations, options, kind.stream, entity), first - history, first + knots)
             for entity, first in zip(entities.tolist(), (starts // KNOT).tolist(), strict=True)
         ]
     )
-    shock = fftconvolve(noise[:, history - len(_SHOCK) + 1 :], _SHOCK[None], mode="valid", axes=1)
+    shock = fftconvolve(noise[:, history - len(SHOCK) + 1 :], SHOCK[None], mode="valid", axes=1)
     return shock, fftconvolve(noise, _DRIFT[None], mode="valid", axes=1)
 
 
@@ -234,5 +234,5 @@ def _shared_shock(
     for row, entity, first in zip(shared, entities.tolist(), (starts // KNOT).tolist(), strict=True):
         services = kind.services(options, entity)
         for (service, _), weight in zip(services, _weights(options, services), strict=True):
-            row += weight * _span(partial(_service_shock, options, service), first, first + knots)
+            row += weight * span(partial(service_shock, options, service), first, first + knots)
     return shared
