@@ -179,7 +179,7 @@ def test_the_search_sees_the_validation_part_alone(load):
     plain, shifted = load(), load(test=10)
     one = plan(plain)
     losses = [trial.search(data, one.rung, one.fit) for data in (plain, shifted)]
-    assert losses[0] == losses[1] == trial._fit(plain, one.rung, one.fit)[1].progress.best_loss
+    assert losses[0] == losses[1] == trial.fits.alone(plain, one, trial.build(plain, one))[0].best_loss
     finish(plain, one, "done")
     finish(shifted, one, "done")
     errors = [measured(data, "done")["mlp"].scores.pooled().to_json() for data in (plain, shifted)]

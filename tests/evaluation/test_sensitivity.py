@@ -11,13 +11,15 @@ from scipy import stats
 GRID = Grid(
     "heads", "attention heads", "fusion", (1, 2, 4, 8), ("mse", "mape"), Optimum(4), "A paper, Fig. 3"
 )
-NOISE = np.array([-0.01, 0.0, 0.01])
+NOISE = np.array([[-0.01, 0.0, 0.01], [0.01, -0.01, 0.0], [0.0, 0.01, -0.01], [0.01, 0.0, -0.01]])
+#: What a seed does to all points alike.
+SEEDS = np.array([0.5, -0.2, -0.3])
 
 
 def study(means: dict[float, float], noise: float = 1.0, grid: Grid = GRID, **changes) -> Study:
     values = {
-        point: {figure: (mean + noise * NOISE).tolist() for figure in grid.figures}
-        for point, mean in means.items()
+        point: {figure: (mean + noise * of_point).tolist() for figure in grid.figures}
+        for (point, mean), of_point in zip(means.items(), NOISE, strict=False)
     }
     given = {"data": "lab", "values": values, "budget": "Few steps.", "seconds": 12.0, "missing": {}}
     return Study(grid, **(given | changes))
@@ -66,12 +68,31 @@ def test_of_a_share_explained_the_largest_is_best():
     assert study({1: 0.9, 4: 0.7}, grid=grid).best == 1
 
 
-def test_intervals_pool_the_variance_over_the_points():
+def test_what_a_seed_does_to_all_points_is_no_difference_between_them():
+    plain = study({1: 0.5, 2: 0.4, 4: 0.3, 8: 0.4})
+    shifted = {
+        point: {figure: (np.array(of) + SEEDS).tolist() for figure, of in found.items()}
+        for point, found in plain.values.items()
+    }
+    found = dataclasses.replace(plain, values=shifted)
+    assert found.verdict == plain.verdict == "agrees"
+    for point, interval in found.intervals("mse").items():
+        assert interval.width == pytest.approx(plain.intervals("mse")[point].width)
+
+
+def test_intervals_are_of_what_is_left_between_seeds_pooled_over_the_points():
     found = study({1: 0.5, 2: 0.4, 4: 0.3})
-    width = stats.t.ppf(0.975, 6) * NOISE.std(ddof=1) / 3**0.5
+    left = NOISE[:3] - NOISE[:3].mean(0)
+    deviation = ((left**2).sum() / 4) ** 0.5  # (3 points − 1) · (3 seeds − 1)
     for point, interval in found.intervals("mse").items():
         assert interval.mean == pytest.approx({1: 0.5, 2: 0.4, 4: 0.3}[point])
-        assert interval.width == pytest.approx(width)
+        assert interval.width == pytest.approx(stats.t.ppf(0.975, 4) * deviation / 3**0.5)
+
+
+def test_where_a_trial_is_missing_seeds_are_not_matched():
+    found = study({1: 0.5, 4: 0.3}, values={1: {"mse": [0.5, 0.52, 0.48]}, 4: {"mse": [0.3, 0.31]}})
+    assert found.noise("mse").freedom == 3
+    assert found.verdict == "agrees"
 
 
 def test_the_page_has_every_point_the_claim_and_what_is_left_out():

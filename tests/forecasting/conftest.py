@@ -56,7 +56,7 @@ def serve(dataset, at_once, monkeypatch) -> Callable[..., tuple[Store, Manifest]
         torch.manual_seed(0)
         return Progress(epoch=1, best_epoch=0), models.build("stgnn", {"hidden": 4}, geometry).state_dict(), 1
 
-    monkeypatch.setattr(run, "_fit", untrained)
+    monkeypatch.setattr(run, "fit", untrained)
 
     def make(values: np.ndarray, rung: str = "stgnn", width: int | None = None) -> tuple[Store, Manifest]:
         groups = [[f"e{n}" for n in range(values.shape[1])][i : i + 3] for i in (0, 3)]
