@@ -82,7 +82,7 @@ class Materialised:
     """All windows as tensors [W, …]; a batch is a selection of their first axis."""
 
     def __init__(self, store: Store, manifest: Manifest, origins: NDArray[np.int64]) -> None:
-        shard = OpenShard(store, manifest, manifest.shards[0])
+        shard = OpenShard.read(store, manifest, manifest.shards[0])
         first = shard.batch(origins[:1])
         self.manifest = manifest
         self.first = int(origins[0])
