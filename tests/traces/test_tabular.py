@@ -395,7 +395,7 @@ def test_edges_without_a_time_hold_in_the_slice_that_every_window_sees(store, ta
     options = ShardOptions(level="service", metrics=("load",), step=300, history=1200, horizon=600, lags=())
     shard(store, options)
     made = manifest.load(store, "default")
-    view = OpenShard(store, made, made.shards[0])
+    view = OpenShard.read(store, made, made.shards[0])
     for origin in (made.history, 200, 399):
         batch = view.batch(np.array([origin]))
         joined = zip(*batch.edges.index.tolist(), batch.edges.weight.tolist(), strict=True)

@@ -121,7 +121,7 @@ def test_validation_is_the_mean_over_every_target_whatever_the_batch_size(small,
     run.model.eval()
     for shard in m.shards:
         if len(origins := m.origins(shard, "val")):
-            batch = OpenShard(store, m, shard).batch(origins)
+            batch = OpenShard.read(store, m, shard).batch(origins)
             loss, seen = loss_sum(run.model(batch), batch, run.levels)
             total, count = total + loss.item(), count + int(seen)
     for batch_size in (1, 7, 1000):

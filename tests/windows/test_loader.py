@@ -27,7 +27,7 @@ def opened(monkeypatch) -> SimpleNamespace:
     counts = SimpleNamespace(opened=0, most=0)
 
     def count(*args) -> OpenShard:
-        shard = OpenShard(*args)
+        shard = OpenShard.read(*args)
         alive.add(shard)
         counts.opened += 1
         counts.most = max(counts.most, len(alive))
@@ -43,7 +43,7 @@ def test_batches_come_in_the_order_of_the_plan(shards_of_nine):
     batches = list(Shards(store, m).batches(plan))
     assert len(batches) == len(plan) > 10
     for (index, origins), batch in zip(plan, batches, strict=True):
-        alone = OpenShard(store, m, m.shards[index]).batch(origins)
+        alone = OpenShard.read(store, m, m.shards[index]).batch(origins)
         assert torch.equal(batch.origins, alone.origins)
         assert torch.equal(batch.x, alone.x)
         assert torch.equal(batch.y, alone.y)
@@ -57,7 +57,7 @@ def test_no_more_shards_are_held_than_allowed(shards_of_nine, opened, most):
     for _ in shards.batches(order.training(m, 4, seed=0, epoch=0)):
         pass
     assert opened.most == most
-    assert shards.nbytes <= most * max(OpenShard(store, m, shard).nbytes for shard in m.shards)
+    assert shards.nbytes <= most * max(OpenShard.read(store, m, shard).nbytes for shard in m.shards)
 
 
 def test_a_plan_in_order_opens_each_shard_once(shards_of_nine, opened):

@@ -140,7 +140,7 @@ def test_a_windowed_batch_equals_the_materialised_one(dataset, width, lags, max_
         at = origins(m, index)
         if not len(at):
             continue
-        batch = OpenShard(store, m, shard).batch(at)
+        batch = OpenShard.read(store, m, shard).batch(at)
         for b, origin in enumerate(at):
             for name, expected in materialise(values, m, shard.group, origin).items():
                 assert torch.equal(getattr(batch, name)[b], expected), f"{name}, origin {origin}"
@@ -159,7 +159,7 @@ def test_edges_are_those_of_the_last_slice_that_is_over(dataset, width, short):
         at = origins(m, index)
         if not len(at):
             continue
-        batch = OpenShard(store, m, shard).batch(at)
+        batch = OpenShard.read(store, m, shard).batch(at)
         for b, origin in enumerate(at):
             assert window_edges(batch, b) == known_edges(graph, m, shard.group, origin), f"origin {origin}"
         found += len(batch.edges.weight)
@@ -169,7 +169,7 @@ def test_edges_are_those_of_the_last_slice_that_is_over(dataset, width, short):
 def test_order_and_company_of_the_windows_in_a_batch_do_not_matter(dataset):
     graph = edges(START, START + 900 * STEPS)
     store, m = dataset(telemetry(), graph)
-    shard = OpenShard(store, m, m.shards[0])
+    shard = OpenShard.read(store, m, m.shards[0])
     together = shard.batch(np.array([40, 12, 33, 12]))
     for b, origin in enumerate([40, 12, 33, 12]):
         alone = shard.batch(np.array([origin]))
@@ -181,7 +181,7 @@ def test_order_and_company_of_the_windows_in_a_batch_do_not_matter(dataset):
 
 def test_a_shorter_look_back_is_the_end_of_the_longer_one(dataset):
     store, m = dataset(telemetry())
-    shard = OpenShard(store, m, m.shards[0])
+    shard = OpenShard.read(store, m, m.shards[0])
     long, short = shard.batch(np.array([21, 27])), shard.batch(np.array([21, 27]), history=2)
     for name in ("x", "mask", "time_x"):
         assert torch.equal(getattr(short, name), getattr(long, name)[:, -2:])
@@ -195,7 +195,7 @@ def test_nothing_at_or_after_the_origin_reaches_a_window(dataset):
     steps, scaler = 40, Scaler(mean=(5, 4), std=(2, 3))
     values = telemetry(steps)
     store, m = dataset(values, graph := edges(START, START + 900 * steps))
-    truth = OpenShard(store, m, m.shards[0], scaler)
+    truth = OpenShard.read(store, m, m.shards[0], scaler)
     for origin in range(m.history, steps + 1):
         now = m.start + m.step * origin
         other = values.copy()
@@ -203,7 +203,7 @@ def test_nothing_at_or_after_the_origin_reaches_a_window(dataset):
         future = [e for e in edges(now - SLICE, now + 9 * SLICE, seed=origin) if e[0] + SLICE > now]
         store, n = dataset(other, [*(e for e in graph if e[0] + SLICE <= now), *future])
         expected = truth.batch(np.array([origin]))
-        given = OpenShard(store, n, n.shards[0], scaler).batch(np.array([origin]))
+        given = OpenShard.read(store, n, n.shards[0], scaler).batch(np.array([origin]))
         known = {f.name for f in dataclasses.fields(Batch)} - {"y", "y_mask", "edges", "nodes", "origins"}
         for name in known:
             assert torch.equal(getattr(given, name), getattr(expected, name)), f"{name}, origin {origin}"
@@ -226,7 +226,7 @@ def test_gaps_up_to_max_gap_become_straight_lines_and_longer_ones_stay_missing()
 def one_entity(dataset, column: list[float], **options) -> OpenShard:
     """The shard of one entity with one metric, whose values are not scaled."""
     store, m = dataset(np.float32(column)[:, None, None], metrics=("cpu",), lags=(4,), **options)
-    return OpenShard(store, m, m.shards[0], Scaler(mean=(0,), std=(1,)))
+    return OpenShard.read(store, m, m.shards[0], Scaler(mean=(0,), std=(1,)))
 
 
 def test_the_mask_remembers_what_was_observed(dataset):
@@ -259,7 +259,7 @@ def test_a_gap_open_at_the_origin_is_not_bent_towards_its_end(dataset):
 
 def test_an_entity_never_observed_is_all_zeros_and_counts_nowhere(dataset):
     store, m = dataset(telemetry())
-    batch = OpenShard(store, m, m.shards[0]).batch(origins(m, 0))
+    batch = OpenShard.read(store, m, m.shards[0]).batch(origins(m, 0))
     for values in (batch.x, batch.y, batch.seasonal_x, batch.seasonal):
         assert not values[:, :, 3].any()
     for mask in (batch.mask, batch.y_mask, batch.seasonal_x_mask, batch.seasonal_mask):
@@ -270,7 +270,7 @@ def test_what_is_not_a_number_counts_as_missing(dataset):
     values = telemetry()
     values[25, 2, 0] = np.inf
     store, m = dataset(values)
-    batch = OpenShard(store, m, m.shards[0]).batch(np.array([26, 24]))
+    batch = OpenShard.read(store, m, m.shards[0]).batch(np.array([26, 24]))
     assert not batch.mask[0, -1, 2, 0]
     assert not batch.y_mask[1, 1, 2, 0]
     assert all(torch.isfinite(part).all() for part in (batch.x, batch.y, batch.seasonal))
@@ -284,7 +284,7 @@ def test_the_last_shard_of_each_group_holds_the_forecast_and_it_has_no_targets(d
     last = [shard for shard in m.shards if shard.stop > STEPS]
     assert sorted(shard.group for shard in last) == [0, 1]
     for shard in last:
-        batch = OpenShard(store, m, shard).batch(np.array([STEPS]))
+        batch = OpenShard.read(store, m, shard).batch(np.array([STEPS]))
         assert not batch.y_mask.any()
         assert not batch.y.any()
         assert all(STEPS not in m.origins(shard, part) for part in PARTS)
@@ -293,7 +293,7 @@ def test_the_last_shard_of_each_group_holds_the_forecast_and_it_has_no_targets(d
 def test_an_open_shard_does_not_grow_with_the_look_back(dataset):
     store, m = dataset(telemetry(), history=4)
     held = {
-        history: OpenShard(store, m.model_copy(update={"history": history}), m.shards[0]).nbytes
+        history: OpenShard.read(store, m.model_copy(update={"history": history}), m.shards[0]).nbytes
         for history in (4, 8, 32)
     }
     assert len(set(held.values())) == 1
@@ -305,4 +305,4 @@ def test_an_open_shard_does_not_grow_with_the_look_back(dataset):
 def test_a_shard_without_gaps_is_held_once(dataset):
     store, m = dataset(np.ones((STEPS, ENTITIES, 2), np.float32))
     calendar = (STEPS + m.horizon) * 6 * 4
-    assert OpenShard(store, m, m.shards[0]).nbytes == STEPS * ENTITIES * 2 * (4 + 1) + calendar
+    assert OpenShard.read(store, m, m.shards[0]).nbytes == STEPS * ENTITIES * 2 * (4 + 1) + calendar

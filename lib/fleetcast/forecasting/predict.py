@@ -125,7 +125,7 @@ class GroupForecast:
 def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, share: float) -> GroupForecast:
     """Forecasts all entities of a group from the end of the telemetry."""
     scaler = selected.scaler
-    opened = OpenShard(store, data, shard, scaler, selected.entities)
+    opened = OpenShard.read(store, data, shard, scaler, selected.entities)
     batch = opened.batch(np.array([data.steps]))
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]
@@ -138,7 +138,7 @@ def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, shar
     use_naive = np.array([reason is not None for reason in reasons])
     mean = np.where(use_naive[:, None], stand_in.mean[0], own.mean[0])
     quantiles = np.where(use_naive[:, None, None], stand_in.quantiles[0], own.quantiles[0])
-    low, high = _bounds(data.metrics)
+    low, high = bounds(data.metrics)
     return GroupForecast(
         entities,
         np.clip(mean, low, high),
@@ -173,7 +173,7 @@ def _too_little(batch: Batch, entity: int, share: float) -> str | None:
     return f"less than {share:.0%} of the look-back is observed" if observed < share else None
 
 
-def _bounds(metrics: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def bounds(metrics: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """No load is negative, and no fraction of a capacity above 1."""
     fraction = np.array([metric.removesuffix("_max") in FRACTIONS for metric in metrics])
     return np.zeros(len(metrics)), np.where(fraction, 1.0, np.inf)

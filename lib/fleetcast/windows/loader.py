@@ -29,7 +29,9 @@ class Shards:
         if index not in self._open:
             while len(self._open) >= self.most:
                 self._open.popitem(last=False)
-            self._open[index] = OpenShard(self.store, self.manifest, self.manifest.shards[index], self.scaler)
+            self._open[index] = OpenShard.read(
+                self.store, self.manifest, self.manifest.shards[index], self.scaler
+            )
         self._open.move_to_end(index)
         return self._open[index]
 

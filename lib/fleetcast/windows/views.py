@@ -26,16 +26,30 @@ from fleetcast.windows.manifest import Manifest, Scaler, Shard
 class OpenShard:
     """The steps [first, last) of one group, scaled, with gaps filled and what was observed remembered."""
 
-    def __init__(
-        self,
+    @classmethod
+    def read(
+        cls,
         store: Store,
         manifest: Manifest,
         shard: Shard,
         scaler: Scaler | None = None,
         known: Sequence[str] | None = None,
-    ) -> None:
+    ) -> OpenShard:
         """Reads the shard. `scaler` and `known` (entities) replace the dataset's own where a model brings
         others."""
+        values, edges = read_values(store, manifest, shard), read_edges(store, manifest, shard)
+        return cls(manifest, shard, values, edges, scaler, known)
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        shard: Shard,
+        values: NDArray[np.float32],
+        edges: SliceEdges,
+        scaler: Scaler | None = None,
+        known: Sequence[str] | None = None,
+    ) -> None:
+        """Of values [T, N, F] in original units, NaN where missing, and the group's edges."""
         self.manifest = manifest
         self.shard = shard
         places = {name: place for place, name in enumerate(manifest.names if known is None else known)}
@@ -43,7 +57,7 @@ class OpenShard:
         self.nodes = nodes
         """[N] int64 which entities they are, as in a batch."""
         mean, std = (part.astype(np.float32) for part in (scaler or manifest.scaler).of(nodes))
-        scaled = (read_values(store, manifest, shard) - mean) / std
+        scaled = (values - mean) / std
         filled = interpolate(scaled, manifest.max_gap)
         self._observed = torch.from_numpy(np.isfinite(scaled))
         self._scaled = torch.from_numpy(np.nan_to_num(scaled, copy=False, posinf=0, neginf=0))
@@ -57,7 +71,7 @@ class OpenShard:
         self._calendar = time_features(
             manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
         )
-        self._edges = read_edges(store, manifest, shard)
+        self._edges = edges
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays for tensors: an object store then keeps one copy for all processes that read it."""

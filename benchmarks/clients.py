@@ -1,0 +1,205 @@
+"""Requests to a server, and how long each took.
+
+    hammer   as many as it answers, over many connections at once: wrk
+    pace     so many a second, whether the earlier ones are answered or not; a late start counts as waiting
+    ask      one after the other, from one or from several clients
+
+The latter two run in a process that holds nothing but this file, which is why it imports no other: what the
+measuring process does must not be taken for the server's time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HOST = "127.0.0.1"
+_HERE = Path(__file__).parent
+#: Seconds until an answer that does not come is a failure.
+_PATIENCE = 60
+
+
+@dataclass(frozen=True)
+class Load:
+    """What came of many requests."""
+
+    requests: int
+    """That were answered."""
+    seconds: float
+    p50: float
+    """[ms]."""
+    p99: float
+    """[ms]."""
+    longest: float
+    """[ms]."""
+    failed: int
+    """Answers that are not 2xx, and connections that broke."""
+
+    @property
+    def rate(self) -> float:
+        """Requests answered per second."""
+        return self.requests / self.seconds
+
+
+def has_wrk() -> bool:
+    """Whether wrk is installed."""
+    return shutil.which("wrk") is not None
+
+
+def start_hammer(port: int, paths: Path, connections: int, seconds: float) -> subprocess.Popen[str]:
+    """wrk at work on the paths in a file, each in turn; `finish` waits for its end."""
+    command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={max(1, round(seconds))}s"]
+    command += [f"--timeout={_PATIENCE}s", f"--script={_HERE / 'paths.lua'}", f"http://{HOST}:{port}"]
+    return subprocess.Popen([*command, "--", str(paths)], stdout=subprocess.PIPE, text=True)
+
+
+def finish(wrk: subprocess.Popen[str]) -> Load:
+    """What wrk measured. Its percentiles count an answer that took long once more for each request that
+    could have been sent meanwhile."""
+    text, _ = wrk.communicate()
+    if wrk.returncode:
+        raise RuntimeError(f"wrk: exit code {wrk.returncode}: {text}")
+    found = json.loads(text.splitlines()[-1])
+    failed = found.pop("refused") + found.pop("broken")
+    return Load(**found, failed=failed)
+
+
+def hammer(port: int, paths: Path, connections: int, seconds: float) -> Load:
+    """As many requests as are answered."""
+    return finish(start_hammer(port, paths, connections, seconds))
+
+
+def pace(port: int, paths: Path, connections: int, seconds: float, rate: float) -> Load:
+    """`rate` requests a second; what takes longer than its turn does not delay the next ones."""
+    return summary(_apart("pace", port, str(paths), connections, seconds, rate))
+
+
+def ask(port: int, path: str, body: Path, clients: int, seconds: float, least: int) -> Load:
+    """POSTs of a file's content, each client's one after the other: for so long, but at least so many each."""
+    return summary(_apart("ask", port, path, str(body), clients, seconds, least))
+
+
+def summary(found: dict[str, Any]) -> Load:
+    """Of `milliseconds` of those that were answered, `failed` and `seconds`."""
+    times = sorted(found["milliseconds"])
+    return Load(
+        len(times), found["seconds"], percentile(times, 50), percentile(times, 99), times[-1], found["failed"]
+    )
+
+
+def percentile(times: Sequence[float], share: int) -> float:
+    """Of sorted times; the longest where there are too few."""
+    return times[min(len(times) - 1, len(times) * share // 100)] if share != 50 else statistics.median(times)
+
+
+def _apart(kind: str, *arguments: Any) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.clients"],
+        input=json.dumps([kind, *arguments]),
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=_HERE.parent,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+# -- in the other process ------------------------------------------------------------------------------------
+
+
+def _pace(port: int, paths: str, connections: int, seconds: float, rate: float) -> dict[str, Any]:
+    lines = Path(paths).read_text().split()
+    requests = [f"GET {line} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode() for line in lines]
+    return asyncio.run(_paced(port, requests, connections, round(seconds * rate), rate))
+
+
+async def _paced(
+    port: int, requests: list[bytes], connections: int, count: int, rate: float
+) -> dict[str, Any]:
+    free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+    for _ in range(connections):
+        free.put_nowait(await asyncio.open_connection(HOST, port))
+    clock = asyncio.get_running_loop().time
+    times: list[float] = []
+
+    async def one(due: float, request: bytes) -> None:
+        connection = await free.get()
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                good = await _exchange(*connection, request)
+            if good:
+                times.append(1e3 * (clock() - due))
+        except (OSError, EOFError, TimeoutError):
+            connection[1].close()
+            with suppress(OSError):  # the requests that still wait have one connection less
+                connection = await asyncio.open_connection(HOST, port)
+        free.put_nowait(connection)
+
+    start, under_way = clock() + 0.2, set()
+    for number in range(count):
+        due = start + number / rate
+        await asyncio.sleep(max(0, due - clock()))
+        task = asyncio.ensure_future(one(due, requests[number % len(requests)]))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+    await asyncio.gather(*under_way)
+    return {"milliseconds": times, "failed": count - len(times), "seconds": clock() - start}
+
+
+async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bool:
+    """Whether the answer is 2xx."""
+    writer.write(request)
+    status, *headers = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
+    lengths = [line.split(b":")[1] for line in headers if line.lower().startswith(b"content-length:")]
+    await reader.readexactly(int(lengths[0]))
+    return status.split()[1].startswith(b"2")
+
+
+def _ask(port: int, path: str, body: str, clients: int, seconds: float, least: int) -> dict[str, Any]:
+    content = Path(body).read_bytes()
+    start = time.monotonic()
+
+    def client(_: int) -> tuple[list[float], int]:
+        connection = http.client.HTTPConnection(HOST, port, timeout=_PATIENCE)
+        times: list[float] = []
+        failed = 0
+        while time.monotonic() - start < seconds or len(times) + failed < least:
+            began = time.perf_counter()
+            try:
+                connection.request("POST", path, content, {"Content-Type": "application/json"})
+                answer = connection.getresponse()
+                answer.read()
+                good = 200 <= answer.status < 300
+            except (OSError, http.client.HTTPException):
+                connection.close()
+                good = False
+            if good:
+                times.append(1e3 * (time.perf_counter() - began))
+            failed += not good
+        return times, failed
+
+    with ThreadPoolExecutor(clients) as pool:
+        found = list(pool.map(client, range(clients)))
+    return {
+        "milliseconds": [one for times, _ in found for one in times],
+        "failed": sum(failed for _, failed in found),
+        "seconds": time.monotonic() - start,
+    }
+
+
+if __name__ == "__main__":
+    kind, *arguments = json.load(sys.stdin)
+    json.dump({"pace": _pace, "ask": _ask}[kind](*arguments), sys.stdout)
