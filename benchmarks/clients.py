@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import math
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -46,6 +46,8 @@ class Load:
     """[ms]."""
     failed: int
     """Answers that are not 2xx, and connections that broke."""
+    milliseconds: tuple[float, ...] = ()
+    """Of each request, where they are told one by one."""
 
     @property
     def rate(self) -> float:
@@ -83,25 +85,25 @@ def hammer(port: int, paths: Path, connections: int, seconds: float) -> Load:
 
 def pace(port: int, paths: Path, connections: int, seconds: float, rate: float) -> Load:
     """`rate` requests a second; what takes longer than its turn does not delay the next ones."""
-    return summary(_apart("pace", port, str(paths), connections, seconds, rate))
+    return load_of(**_apart("pace", port, str(paths), connections, seconds, rate))
 
 
 def ask(port: int, path: str, body: Path, clients: int, seconds: float, least: int) -> Load:
-    """POSTs of a file's content, each client's one after the other: for so long, but at least so many each."""
-    return summary(_apart("ask", port, path, str(body), clients, seconds, least))
+    """POSTs of a file's content, each client's in turn: for so long, but at least so many each."""
+    return load_of(**_apart("ask", port, path, str(body), clients, seconds, least))
 
 
-def summary(found: dict[str, Any]) -> Load:
-    """Of `milliseconds` of those that were answered, `failed` and `seconds`."""
-    times = sorted(found["milliseconds"])
-    return Load(
-        len(times), found["seconds"], percentile(times, 50), percentile(times, 99), times[-1], found["failed"]
-    )
+def load_of(milliseconds: Sequence[float], failed: int, seconds: float) -> Load:
+    """Of what each answer took; of fewer than 100, p99 is the longest."""
+    times = sorted(milliseconds)
+    p50, p99, longest = (times[max(0, math.ceil(len(times) * share) - 1)] for share in (0.5, 0.99, 1))
+    return Load(len(times), seconds, p50, p99, longest, failed, tuple(times))
 
 
-def percentile(times: Sequence[float], share: int) -> float:
-    """Of sorted times; the longest where there are too few."""
-    return times[min(len(times) - 1, len(times) * share // 100)] if share != 50 else statistics.median(times)
+def together(loads: Sequence[Load]) -> Load:
+    """All requests of several loads that were told one by one."""
+    times = [time for load in loads for time in load.milliseconds]
+    return load_of(times, sum(load.failed for load in loads), sum(load.seconds for load in loads))
 
 
 def _apart(kind: str, *arguments: Any) -> dict[str, Any]:
@@ -202,4 +204,4 @@ def _ask(port: int, path: str, body: str, clients: int, seconds: float, least: i
 
 if __name__ == "__main__":
     kind, *arguments = json.load(sys.stdin)
-    json.dump({"pace": _pace, "ask": _ask}[kind](*arguments), sys.stdout)
+    json.dump(_pace(*arguments) if kind == "pace" else _ask(*arguments), sys.stdout)

@@ -1,7 +1,7 @@
 """What the server is measured against: the least that FastAPI can do, and the server without Ray.
 
-    uvicorn --factory benchmarks.rivals:trivial
-    FLEETCAST_STORE=store uvicorn --factory benchmarks.rivals:bare
+uvicorn --factory benchmarks.rivals:trivial
+FLEETCAST_STORE=store uvicorn --factory benchmarks.rivals:bare
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def trivial() -> FastAPI:
     return api
 
 
-def build(args: dict[str, Any]) -> serve.Application:
-    """`trivial` on Ray Serve."""
+def on_serve(_: dict[str, Any]) -> serve.Application:
+    """`trivial` on Ray Serve, in as many requests at once as serve_config.yaml lets Api have."""
 
-    @serve.deployment(name="Trivial", ray_actor_options={"num_cpus": 0})
     @serve.ingress(trivial())
     class Trivial:
         pass
 
-    return Trivial.bind()
+    about = {"max_ongoing_requests": 64, "ray_actor_options": {"num_cpus": 0}}
+    return serve.deployment(name="Trivial", **about)(Trivial).bind()
 
 
 class Bare:
