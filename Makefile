@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: help demo test test-slow test-all check format bench bench-models clean
+.PHONY: help demo serve test test-slow test-all check format bench bench-models bench-serve clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,11 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## a synthetic cluster, from raw trace to tomorrow's forecast and its report
 	$(BIN)/python jobs/synthesize.py --config examples/demo-trace.yaml --out $(DEMO)/raw
 	$(BIN)/python jobs/nightly.py --config examples/demo-nightly.yaml --source $(DEMO)/raw --store $(DEMO)/store
+
+serve: $(VENV)/.runtime  ## the demo's forecast over HTTP, and a page: http://127.0.0.1:8000
+	test -d $(DEMO)/store/forecasts || $(MAKE) demo
+	PATH="$(CURDIR)/$(BIN):$$PATH" RAY_ADDRESS=local RAY_AUTH_MODE=disabled RAY_USAGE_STATS_ENABLED=0 RAY_SERVE_ENABLE_HA_PROXY=1 \
+		$(BIN)/serve run serve_config.yaml
 
 test: $(VENV)/.dev  ## the tests
 	$(BIN)/python -m pytest
@@ -43,6 +48,9 @@ bench: $(VENV)/.dev  ## ingest and loader against their alternatives, steps of o
 
 bench-models: $(VENV)/.dev  ## time and memory of a training step of every model
 	$(BIN)/python -m benchmarks.models
+
+bench-serve: $(VENV)/.dev  ## the running server under load: stored and live forecasts, reload (needs wrk)
+	$(BIN)/python -m benchmarks.serving
 
 clean:  ## removes what the targets made
 	rm -rf $(VENV) out

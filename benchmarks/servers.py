@@ -137,7 +137,7 @@ def on_serve(folder: Path, store: Store, num_cpus: int) -> Iterator[OnServe]:
     web, dashboard, *others = free_ports(9)
     env = {
         **os.environ,
-        "PYTHONPATH": str(_ROOT),
+        "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         **_haproxy(folder, others[:3]),
