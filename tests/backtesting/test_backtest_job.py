@@ -120,9 +120,9 @@ def test_a_learning_rate_that_diverges_is_named_and_the_other_one_taken(made):
 def test_the_search_takes_the_rate_with_the_lowest_validation_loss(made, tmp_path, tasks, monkeypatch):
     losses = {1e-3: 0.5, 2e-3: 0.3, 4e-3: 0.4}
 
-    def search(data, rung, fit) -> float:
-        assert (fit.epochs, fit.seed) == (1, 0), "the same small budget for every model"
-        return losses[fit.learning_rate]
+    def search(data, one) -> float:
+        assert (one.fit.epochs, one.fit.seed) == (1, 0), "the same small budget for every model"
+        return losses[one.fit.learning_rate]
 
     monkeypatch.setattr(trial, "search", search)
     options = quick(made.table, models=("mlp",), learning_rates=tuple(losses), seeds=1)

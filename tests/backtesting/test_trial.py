@@ -178,7 +178,7 @@ def test_high_load_is_each_entitys_own_top_of_the_training_part_group_after_grou
 def test_the_search_sees_the_validation_part_alone(load):
     plain, shifted = load(), load(test=10)
     one = plan(plain)
-    losses = [trial.search(data, one.rung, one.fit) for data in (plain, shifted)]
+    losses = [trial.search(data, one) for data in (plain, shifted)]
     assert losses[0] == losses[1] == trial.fits.alone(plain, one, trial.build(plain, one))[0].best_loss
     finish(plain, one, "done")
     finish(shifted, one, "done")
