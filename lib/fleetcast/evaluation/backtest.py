@@ -174,11 +174,14 @@ def _limit(thresholds: NDArray[np.float32], batch: Batch, scaler: Scaler) -> NDA
 def total_shifts(
     by_origin: dict[int, NDArray[np.float64]], levels: tuple[float, ...], entities: int
 ) -> NDArray[np.float64]:
-    """[K, F, Q] quantiles of the error of the cluster's mean per entity, by bucket of horizon steps.
+    """[K, F, Q] how far each quantile of the cluster's mean per entity lies from its mean forecast, by bucket
+    of horizon steps.
 
     The errors of entities move together, so a total's interval cannot be made of theirs; it comes from the
-    total's own errors on the validation part, over the origins and steps at which most were observed.
-    Origins overlap, so with a short validation part these are rough.
+    size of the total's own errors on the validation part, over the origins and steps at which most were
+    observed. Origins overlap, so a short validation part says little, least of all on which side of a
+    forecast a total will be: intervals are alike on both sides, so that a bias of a few days widens them and
+    does not move them away from the forecast.
     """
     sums = np.stack([by_origin[origin] for origin in sorted(by_origin)])
     count = sums[:, COUNT]
@@ -191,7 +194,9 @@ def total_shifts(
             residuals = mean[:, buckets == bucket, metric]
             residuals = residuals[np.isfinite(residuals)]
             if len(residuals):
-                shifts[bucket, metric] = np.quantile(residuals, levels, method="higher")
+                away = np.abs(2 * np.asarray(levels) - 1)
+                side = np.sign(np.asarray(levels) - 0.5)
+                shifts[bucket, metric] = side * np.quantile(np.abs(residuals), away, method="higher")
     return shifts
 
 

@@ -109,8 +109,8 @@ def _publish(
             "model": selected.folder,
             "rung": selected.rung,
             "naive": selected.naive,
-            "total": "The sum over entities of their means; its quantiles are of the total's own errors "
-            "on the validation part.",
+            "total": "The sum over entities of their means; its interval is as wide as the total's own "
+            "errors on the validation part were large.",
         },
     )
     store.publish(f"{work}/rows", folder)
