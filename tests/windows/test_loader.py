@@ -26,14 +26,16 @@ def opened(monkeypatch) -> SimpleNamespace:
     alive: weakref.WeakSet[OpenShard] = weakref.WeakSet()
     counts = SimpleNamespace(opened=0, most=0)
 
+    read = OpenShard.read
+
     def count(*args) -> OpenShard:
-        shard = OpenShard.read(*args)
+        shard = read(*args)
         alive.add(shard)
         counts.opened += 1
         counts.most = max(counts.most, len(alive))
         return shard
 
-    monkeypatch.setattr(loader, "OpenShard", count)
+    monkeypatch.setattr(OpenShard, "read", count)
     return counts
 
 
