@@ -11,6 +11,7 @@ measuring process does must not be taken for the server's time.
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import math
@@ -18,12 +19,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 HOST = "127.0.0.1"
 _HERE = Path(__file__).parent
@@ -74,8 +75,8 @@ def finish(wrk: subprocess.Popen[str]) -> Load:
     if wrk.returncode:
         raise RuntimeError(f"wrk: exit code {wrk.returncode}: {text}")
     found = json.loads(text.splitlines()[-1])
-    failed = found.pop("refused") + found.pop("broken")
-    return Load(**found, failed=failed)
+    refused, broken = found.pop("refused"), found.pop("broken")
+    return Load(**{**found, "requests": found["requests"] - refused}, failed=refused + broken)
 
 
 def hammer(port: int, paths: Path, connections: int, seconds: float) -> Load:
@@ -96,6 +97,8 @@ def ask(port: int, path: str, body: Path, clients: int, seconds: float, least: i
 def load_of(milliseconds: Sequence[float], failed: int, seconds: float) -> Load:
     """Of what each answer took; of fewer than 100, p99 is the longest."""
     times = sorted(milliseconds)
+    if not times:
+        raise RuntimeError(f"none of {failed} requests was answered")
     p50, p99, longest = (times[max(0, math.ceil(len(times) * share) - 1)] for share in (0.5, 0.99, 1))
     return Load(len(times), seconds, p50, p99, longest, failed, tuple(times))
 
@@ -125,49 +128,98 @@ def _apart(kind: str, *arguments: Any) -> dict[str, Any]:
 def _pace(port: int, paths: str, connections: int, seconds: float, rate: float) -> dict[str, Any]:
     lines = Path(paths).read_text().split()
     requests = [f"GET {line} HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode() for line in lines]
-    return asyncio.run(_paced(port, requests, connections, round(seconds * rate), rate))
+
+    async def paced() -> dict[str, Any]:
+        return await _Pace(port, requests).run(connections, round(seconds * rate), rate)
+
+    gc.disable()
+    return asyncio.run(paced())
 
 
-async def _paced(
-    port: int, requests: list[bytes], connections: int, count: int, rate: float
-) -> dict[str, Any]:
-    free: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-    for _ in range(connections):
-        free.put_nowait(await asyncio.open_connection(HOST, port))
-    clock = asyncio.get_running_loop().time
-    times: list[float] = []
+class _Pace:
+    """Requests at fixed times; one that finds no connection free waits for one, and that counts."""
 
-    async def one(due: float, request: bytes) -> None:
-        connection = await free.get()
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                good = await _exchange(*connection, request)
-            if good:
-                times.append(1e3 * (clock() - due))
-        except (OSError, EOFError, TimeoutError):
-            connection[1].close()
-            with suppress(OSError):  # the requests that still wait have one connection less
-                connection = await asyncio.open_connection(HOST, port)
-        free.put_nowait(connection)
+    def __init__(self, port: int, requests: list[bytes]) -> None:
+        self._port, self._requests = port, requests
+        self._free: list[_Connection] = []
+        self._waiting: deque[tuple[float, bytes]] = deque()
+        self.milliseconds: list[float] = []
+        self.failed = 0
+        self.now = asyncio.get_running_loop().time
 
-    start, under_way = clock() + 0.2, set()
-    for number in range(count):
-        due = start + number / rate
-        await asyncio.sleep(max(0, due - clock()))
-        task = asyncio.ensure_future(one(due, requests[number % len(requests)]))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
-    await asyncio.gather(*under_way)
-    return {"milliseconds": times, "failed": count - len(times), "seconds": clock() - start}
+    async def run(self, connections: int, count: int, rate: float) -> dict[str, Any]:
+        """`milliseconds` of those that were answered, `failed` and `seconds`."""
+        for _ in range(connections):
+            await self._connect()
+        start = self.now() + 0.2
+        for number in range(count):
+            due = start + number / rate
+            if (early := due - self.now()) > 0:
+                await asyncio.sleep(early)
+            self._waiting.append((due, self._requests[number % len(self._requests)]))
+            self.go_on()
+        end = self.now() + _PATIENCE
+        while len(self.milliseconds) + self.failed < count and self.now() < end:
+            await asyncio.sleep(0.005)
+        seconds = max(self.now() - start, count / rate)
+        return {
+            "milliseconds": self.milliseconds,
+            "failed": count - len(self.milliseconds),
+            "seconds": seconds,
+        }
+
+    def go_on(self, free: _Connection | None = None) -> None:
+        """Sends what waits, as long as connections are free."""
+        if free is not None:
+            self._free.append(free)
+        while self._free and self._waiting:
+            self._free.pop().send(*self._waiting.popleft())
+
+    async def _connect(self) -> None:
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(lambda: _Connection(self), HOST, self._port)
+        self.go_on(connection)
+
+    def replace(self, broken: _Connection) -> None:
+        """Another connection for one that the server closed."""
+        if broken in self._free:
+            self._free.remove(broken)
+        else:
+            self.failed += 1
+        self._again = asyncio.ensure_future(self._connect())
 
 
-async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> bool:
-    """Whether the answer is 2xx."""
-    writer.write(request)
-    status, *headers = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
-    lengths = [line.split(b":")[1] for line in headers if line.lower().startswith(b"content-length:")]
-    await reader.readexactly(int(lengths[0]))
-    return status.split()[1].startswith(b"2")
+class _Connection(asyncio.Protocol):
+    """One request at a time."""
+
+    def __init__(self, pace: _Pace) -> None:
+        self._pace, self._due, self._got = pace, 0.0, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def send(self, due: float, request: bytes) -> None:
+        self._due, self._got = due, b""
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        head, found, body = self._got.partition(b"\r\n\r\n")
+        if not found or len(body) < _length(head):
+            return
+        if head.split(b" ", 2)[1].startswith(b"2"):
+            self._pace.milliseconds.append(1e3 * (self._pace.now() - self._due))
+        else:
+            self._pace.failed += 1
+        self._pace.go_on(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._pace.replace(self)
+
+
+def _length(head: bytes) -> int:
+    lines = (line.partition(b":") for line in head.lower().split(b"\r\n"))
+    return next(int(value) for name, _, value in lines if name == b"content-length")
 
 
 def _ask(port: int, path: str, body: str, clients: int, seconds: float, least: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -199,7 +199,8 @@ def _end_session(session: int) -> None:
     for signal in ("terminate", "kill", "kill"):
         found = [process for process in psutil.process_iter() if _session(process.pid) == session]
         for process in found:
-            getattr(process, signal)()
+            with suppress(psutil.NoSuchProcess):
+                getattr(process, signal)()
         psutil.wait_procs(found, timeout=10)
 
 
@@ -242,8 +243,8 @@ def on_uvicorn(folder: Path, app: str, store: Store, threads: int, path: str) ->
         _wait(port, path, process, log)
         yield port
     finally:
-        process.terminate()
-        process.wait(10)
+        process.kill()
+        process.wait()
 
 
 def _wait(port: int, path: str, process: subprocess.Popen[bytes], log: Path) -> None:

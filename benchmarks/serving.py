@@ -11,6 +11,8 @@ come from the same machine, so they share its processors with the server. Conten
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import threading
 import time
 import urllib.request
@@ -38,7 +40,7 @@ Part = Literal["stored", "live", "reload"]
 #: Most entities that one live request may name.
 _MOST = 5000
 #: Requests that a client sends at least, where each takes long.
-_LEAST = 5
+_LEAST = 3
 #: Seconds of requests before a reload and after it.
 _AROUND = 2
 
@@ -50,7 +52,7 @@ class Config(BenchConfig):
     """Services whose newest values a live request brings; the store has as many as the largest."""
     parts: tuple[Part, ...] = ("stored", "live", "reload")
     """What is measured: stored forecasts, live ones, a newer forecast and another model under load."""
-    seconds: float = Field(3, ge=1)
+    seconds: float = Field(2, ge=1)
     """How long each contender has each time."""
     connections: int = Field(32, ge=1)
     """Requests for stored forecasts at once."""
@@ -92,6 +94,7 @@ def main(config: Config) -> None:
     for size in config.sizes:
         if not 1 <= size <= _MOST:
             raise InputError(f"--sizes {size}: expected 1 to {_MOST}, the most that a request may name")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then as well
     with ExitStack() as stack:
         folder = Path(stack.enter_context(scratch()))
         home = Path(config.folder).absolute() if config.folder else folder
@@ -205,11 +208,11 @@ def _live(config: Config, servers: Servers) -> None:
             *("answers/s", "requests", "failed", "groups", "MB", "goal"),
         ],
         rows,
-        "POST /v1/live, all metrics, steps and quantiles; each client sends when it has its answer. Percentiles "
-        f"of all requests of {config.repetitions} × {config.seconds:g} s in turn; of fewer than 100, p99 is "
-        "the longest. Without Ray: the same application in one uvicorn, which calls the model itself, with "
-        f"{config.num_cpus} threads. The model is an stgnn of groups of at most 100 of "
-        f"{len(servers.snapshot.entities):,} services, look-back and horizon of 12 steps; "
+        "POST /v1/live, all metrics, steps and quantiles; a client waits for its answer before it goes on. "
+        f"Percentiles of all requests of {config.repetitions} × {config.seconds:g} s in turn; of fewer than "
+        "100, p99 is the longest. Without Ray: the same application in one uvicorn, which calls the model "
+        f"itself, with {config.num_cpus} threads. An stgnn; groups of at most 100 of "
+        f"{len(servers.snapshot.entities):,} services; look-back and horizon of 12 steps. "
         f"{machine()}.",
     )
 
@@ -252,7 +255,8 @@ def _reload(config: Config, servers: Servers) -> None:
     port, body = servers.serve.port, _newest_values(servers, min(config.sizes))
     path = f"/v1/forecasts/{servers.snapshot.entities[0]}?metric=cpu"
     stop = threading.Event()
-    seconds = 2 * _AROUND + 3 * ServeOptions(store=servers.store.uri).refresh_seconds
+    looks = ServeOptions(store=servers.store.uri).refresh_seconds
+    seconds = 2 * _AROUND + 3 * looks
     with ThreadPoolExecutor(2) as pool:
         wrk = start_hammer(port, servers.stored(), config.connections, seconds)
         issued = pool.submit(_watch, lambda: json.loads(get(port, path))["issued"], stop)
@@ -282,9 +286,9 @@ def _reload(config: Config, servers: Servers) -> None:
         "Reload under load",
         ["", "seconds until", "requests", "p50 ms", "p99 ms", "longest ms", "failed", "goal"],
         [[*row, "none fails"] for row in rows],
-        f"{len(servers.snapshot.entities):,} services. The server looks every "
-        f"{ServeOptions(store='').refresh_seconds:g} s. Stored forecasts by wrk, {config.connections} connections; "
-        f"beside them one client that asks for live forecasts of {min(config.sizes)} services. "
+        f"{len(servers.snapshot.entities):,} services. The server looks for new ones every {looks:g} s. "
+        f"Stored forecasts by wrk, {config.connections} connections; beside them one client that asks for "
+        f"live forecasts of {min(config.sizes)} services. "
         f"Replicas at the end: {servers.serve.replicas()}. {machine()}.",
     )
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fleetcast.windows import loader, order
+from fleetcast.windows import order
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Scaler
 from fleetcast.windows.views import OpenShard
