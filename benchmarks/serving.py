@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -37,6 +38,8 @@ from benchmarks.report import BenchConfig, interleave, machine, run, spread_of, 
 from benchmarks.servers import OnServe, get, make_store, on_serve, on_uvicorn, other_model, publish_newer
 
 Part = Literal["stored", "live", "reload"]
+#: What is to be fast, and how many of it are to be answered in a second.
+_OURS, _RATE = "**forecast of one entity**", 1000
 #: Most entities that one live request may name.
 _MOST = 5000
 #: Requests that a client sends at least, where each takes long.
@@ -118,42 +121,41 @@ def main(config: Config) -> None:
 def _stored(config: Config, servers: Servers) -> None:
     serve, names = servers.serve, servers.snapshot.entities
     stored = servers.stored()
-    scaling = [f"/v1/scaling/{name}?metric=cpu&replicas=4" for name in names]
-    contenders = {
-        "**forecast of one entity**": (serve.port, stored),
-        "replicas for an autoscaler": (serve.port, servers.paths("scaling", scaling)),
-        "trivial FastAPI route": (
-            serve.port,
-            servers.paths("trivial-serve", [f"/trivial/{n}" for n in names]),
-        ),
-        "forecast, uvicorn without Ray": (servers.bare, stored),
-        "trivial, uvicorn without Ray": (servers.trivial, servers.paths("trivial", [f"/{n}" for n in names])),
-    }
+    scaling = servers.paths("scaling", [f"/v1/scaling/{name}?metric=cpu&replicas=4" for name in names])
+    routed = servers.paths("routed", [f"/trivial/{name}" for name in names])
+    trivial = servers.paths("trivial", [f"/{name}" for name in names])
     for path in stored.read_text().split()[:10]:
         if get(serve.port, path) != get(servers.bare, path):
             raise InputError(f"{path}: the server and the one without Ray answer differently")
-    found = interleave(
-        {name: _hammering(config, *where) for name, where in contenders.items()}, config.repetitions
-    )
-    half = float(np.median([load.rate for load in found["**forecast of one entity**"]])) / 2
-    paced = [
-        pace(serve.port, stored, config.connections, config.seconds, half) for _ in range(config.repetitions)
-    ]
-    goal = "≥ 1,000/s; p99 < 50 ms"
-    rows = [
-        [name, *_figures(loads), goal if loads is found["**forecast of one entity**"] else ""]
-        for name, loads in found.items()
-    ]
-    rows.append(["**forecast of one entity**, half its rate", *_figures(paced), "p99 < 25 ms"])
+    contenders = {
+        _OURS: _hammering(config, serve.port, stored),
+        "replicas for an autoscaler": _hammering(config, serve.port, scaling),
+        "trivial FastAPI route": _hammering(config, serve.port, routed),
+        "forecast, uvicorn without Ray": _hammering(config, servers.bare, stored),
+        "trivial, uvicorn without Ray": _hammering(config, servers.trivial, trivial),
+    }
+    found = interleave(contenders, config.repetitions)
+    half = statistics.median(load.rate for load in found[_OURS]) / 2
+    paced = {
+        f"{_OURS}, at half its rate": _pacing(config, serve.port, stored, half),
+        f"{_OURS}, at half the goal's": _pacing(config, serve.port, stored, _RATE / 2),
+    }
+    goals = {_OURS: f"≥ {_RATE:,}/s; p99 < 50 ms"} | dict.fromkeys(paced, "p99 < 25 ms")
+    found |= interleave(paced, config.repetitions)
+    rows = [[name, *_figures(loads), goals.get(name, "")] for name, loads in found.items()]
     table(
         f"Stored forecasts, {config.connections} connections",
         ["", "requests/s, median (min–max)", "p50 ms", "p99 ms", "failed", "goal"],
         rows,
         f"{len(names):,} services, each asked in turn; wrk with one thread, {config.repetitions} × "
-        f"{config.seconds:g} s in turn, all on the same processors. Half the rate: requests at "
-        "fixed times, waiting included. From `serve run` to the first answer: "
+        f"{config.seconds:g} s in turn, all on the same processors. At a given rate: requests at fixed "
+        "times, by a client of our own; waiting counts. From `serve run` to the first answer: "
         f"{serve.cold_start:.1f} s, Ray running. Replicas at the end: {serve.replicas()}. {machine()}.",
     )
+
+
+def _pacing(config: Config, port: int, paths: Path, rate: float) -> Callable[[int], Load]:
+    return lambda _: pace(port, paths, config.connections, config.seconds, rate)
 
 
 def _hammering(config: Config, port: int, paths: Path) -> Callable[[int], Load]:

@@ -117,13 +117,15 @@ class Track:
         A step that the windows had already (its mean is of points that are not here) is replaced.
         """
         at = steps - (self.end - len(self.values))
-        for step in np.unique(at[at >= 0]):
-            of = values[at == step]
+        kept = at >= 0
+        at, values = at[kept], values[kept]
+        for step in np.unique(at) if len(at) > 1 else at:
+            of = values[at == step] if len(at) > 1 else values
             known = int(self.counts[step, place, metric])
             before = float(self.values[step, place, metric]) if known else 0.0
             self.values[step, place, metric] = (before * known + of.sum()) / (known + len(of))
             self.counts[step, place, metric] = min(known + len(of), 60_000)
-        return int((at < 0).sum())
+        return int((~kept).sum())
 
 
 @dataclass
