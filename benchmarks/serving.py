@@ -97,12 +97,13 @@ def main(config: Config) -> None:
     for size in config.sizes:
         if not 1 <= size <= _MOST:
             raise InputError(f"--sizes {size}: expected 1 to {_MOST}, the most that a request may name")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is ended then as well
     with ExitStack() as stack:
         folder = Path(stack.enter_context(scratch()))
         home = Path(config.folder).absolute() if config.folder else folder
         services = max(config.sizes)
         store = make_store(home / f"{services}-services", services, config.num_cpus)
+        # What is started from here on is ended then as well. Ray itself has reset the handler until now.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         servers = Servers(
             stack.enter_context(on_serve(folder, store, config.num_cpus)),
             stack.enter_context(on_uvicorn(folder, "bare", store, config.num_cpus, "/readyz")),

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import polars as pl
 import pytest
-from conftest import republish
+from conftest import NIGHT, republish
 from fleetcast.errors import InputError
 from fleetcast.schemas import QUANTILES, quantile_name
 from fleetcast.serving import answers
@@ -98,6 +98,19 @@ def test_the_cluster_has_its_own_interval_and_a_part_of_it_one_of_the_same_depen
         assert (pair[:, wide] <= single[0][:, wide] + single[1][:, wide] + 1e-5).all(), (
             "never wider than the sum"
         )
+
+
+def test_a_group_is_who_is_of_a_service_or_on_a_parent(night):
+    snapshot = Snapshot.load(night, NIGHT)
+    told = {
+        name: {"service": f"app_{place % 2}", "parent": f"rack_{place // 6}"}
+        for place, name in enumerate(snapshot.entities)
+    }
+    snapshot.__dict__["details"] = told
+    assert snapshot.members("app_1", None) == [1, 3, 5, 7, 9, 11]
+    assert snapshot.members(None, "rack_1") == [6, 7, 8, 9, 10, 11]
+    assert snapshot.members("app_1", "rack_1") == [7, 9, 11]
+    assert snapshot.members("nothing", None) == []
 
 
 def test_search_finds_what_begins_so_first(snapshot):

@@ -284,10 +284,21 @@ def _routes(api: FastAPI, service: Service) -> None:
         return reply(answers.history(s, entity))
 
     @api.get("/v1/totals", response_model=schemas.Total, tags=["cluster"])
-    async def total(s: Now, metric: Metric) -> Response:
-        """The sum over all entities, with its own interval, and before it what was observed."""
+    async def total(
+        s: Now,
+        metric: Metric,
+        service: Annotated[Name | None, Query()] = None,
+        parent: Annotated[Name | None, Query()] = None,
+    ) -> Response:
+        """The sum over all entities, with its own interval, and before it what was observed; or over those of
+        a service, or on a parent such as a machine."""
         s.metric(metric)
-        return reply(answers.total(s, clock, metric, None))
+        if service is None and parent is None:
+            return reply(answers.total(s, clock, metric, None))
+        places = s.members(service, parent)
+        if not places:
+            raise HTTPException(404, f"service {service}, parent {parent}: there is no entity of it")
+        return reply(answers.total(s, clock, metric, places))
 
     @api.post("/v1/totals", response_model=schemas.Total, tags=["cluster"])
     async def some(s: Now, request: schemas.TotalRequest) -> Response:

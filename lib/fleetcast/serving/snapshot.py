@@ -183,6 +183,16 @@ class Snapshot:
     def _sorted(self) -> list[str]:
         return sorted(self.entities, key=lambda name: (len(name), name))
 
+    def members(self, service: str | None, parent: str | None) -> list[int]:
+        """The entities of a service, on a parent, or both."""
+        wanted = {"service": service, "parent": parent}
+        asked = {name: value for name, value in wanted.items() if value is not None}
+        return [
+            place
+            for place, name in enumerate(self.entities)
+            if all(self.details.get(name, {}).get(key) == value for key, value in asked.items())
+        ]
+
     def first_step(self, now: datetime) -> int:
         """The first step that is not over."""
         return int(np.clip((now - self.issued).total_seconds() // self.step, 0, self.horizon - 1))
