@@ -76,8 +76,9 @@ def make_store(folder: Path, services: int, num_cpus: int) -> Store:
     return store
 
 
-def publish_newer(store: Store) -> str:
-    """Publishes the newest forecast once more, as issued a day later; returns its folder."""
+@contextmanager
+def newer_forecast(store: Store) -> Iterator[None]:
+    """Publishes the newest forecast once more, as issued a day later, until the block ends."""
     old = str(newest(store))
     manifest = store.read_json(f"{old}/{MANIFEST}")
     issued = datetime.fromisoformat(manifest["figures"]["issued"]) + timedelta(days=1)
@@ -89,12 +90,16 @@ def publish_newer(store: Store) -> str:
     figures = manifest["figures"] | {"issued": f"{issued:%Y-%m-%dT%H:%M:%SZ}"}
     store.write_json(f"{work}/{MANIFEST}", {**manifest, "figures": figures, "fingerprint": folder})
     store.publish(work, folder)
-    return folder
+    try:
+        yield
+    finally:
+        store.remove(folder)
 
 
 @contextmanager
 def other_model(store: Store) -> Iterator[None]:
-    """Selects a copy of the selected model whose quantiles are further apart, so that answers tell which."""
+    """Selects a copy of the selected model, until the block ends; its quantiles are further apart, so that
+    answers tell which one made them."""
     before = store.read_json(SELECTED)
     other = f"{before['model']}-other"
     for path in store.list(before["model"]):
@@ -197,7 +202,8 @@ def _ray(
 def _end_session(session: int) -> None:
     """Ends all processes of a session that was started here."""
     for signal in ("terminate", "kill", "kill"):
-        found = [process for process in psutil.process_iter() if _session(process.pid) == session]
+        found = [one for one in psutil.process_iter(["status"]) if _session(one.pid) == session]
+        found = [one for one in found if one.info["status"] != psutil.STATUS_ZOMBIE]
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 getattr(process, signal)()

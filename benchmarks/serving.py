@@ -35,7 +35,7 @@ from pydantic import Field
 
 from benchmarks.clients import HOST, Load, ask, finish, hammer, has_wrk, load_of, pace, start_hammer, together
 from benchmarks.report import BenchConfig, interleave, machine, run, spread_of, table
-from benchmarks.servers import OnServe, get, make_store, on_serve, on_uvicorn, other_model, publish_newer
+from benchmarks.servers import OnServe, get, make_store, newer_forecast, on_serve, on_uvicorn, other_model
 
 Part = Literal["stored", "live", "reload"]
 #: What is to be fast, and how many of it are to be answered in a second.
@@ -112,8 +112,9 @@ def main(config: Config) -> None:
             Snapshot.load(store, str(newest(store))),
             folder,
         )
-        for part in config.parts:
-            {"stored": _stored, "live": _live, "reload": _reload}[part](config, servers)
+        for part, measure in {"stored": _stored, "live": _live, "reload": _reload}.items():
+            if part in config.parts:
+                measure(config, servers)
 
 
 # -- stored forecasts ----------------------------------------------------------------------------------------
@@ -260,19 +261,19 @@ def _reload(config: Config, servers: Servers) -> None:
     stop = threading.Event()
     looks = ServeOptions(store=servers.store.uri).refresh_seconds
     seconds = 2 * _AROUND + 3 * looks
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, ExitStack() as stack:
+        stack.callback(stop.set)  # also where something fails
         wrk = start_hammer(port, servers.stored(), config.connections, seconds)
         issued = pool.submit(_watch, lambda: json.loads(get(port, path))["issued"], stop)
         quantiles = pool.submit(_watch, lambda: json.loads(_post(port, body))["forecasts"], stop)
         time.sleep(_AROUND)
         published = time.monotonic()
-        newer = publish_newer(servers.store)
+        stack.enter_context(newer_forecast(servers.store))
         selected = time.monotonic()
-        with other_model(servers.store):
-            load = finish(wrk)
-            stop.set()
-            stored, live = issued.result(), quantiles.result()
-        servers.store.remove(newer)
+        stack.enter_context(other_model(servers.store))
+        load = finish(wrk)
+        stop.set()
+        stored, live = issued.result(), quantiles.result()
     rows = [
         [
             "newer forecast: all answers are of it",

@@ -56,12 +56,12 @@ class Selected:
         """The model's name in the ladder."""
         return str(self.manifest["options"]["model"])
 
-    @property
+    @cached_property
     def scaler(self) -> Scaler:
         """The scaler of the data that the model was trained on."""
         return Scaler(**self.manifest["scaler"])
 
-    @property
+    @cached_property
     def entities(self) -> list[str]:
         """The entities that the model was trained on."""
         return list(self._read(saving.CONFIG)["geometry"]["entities"])

@@ -188,7 +188,7 @@ def _handle_errors(api: FastAPI) -> None:
 def _routes(api: FastAPI, service: Service) -> None:
     clock = service.options.clock
 
-    def snapshot() -> Snapshot:
+    async def snapshot() -> Snapshot:  # a plain function would go through a pool of threads
         found = service.snapshot
         if found is None:
             raise NotReady(service.reason or "no forecast is there yet")

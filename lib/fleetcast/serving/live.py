@@ -47,6 +47,10 @@ _OLD = "older than what a forecast looks at"
 #: Why an entity that the model does not know is forecast, and how sure that is.
 UNKNOWN = "the model was not trained on this entity: its interval is twice as wide"
 _WIDER = 2.0
+#: Points of a step beyond which they weigh no more.
+_MOST_COUNTED = 60_000
+#: What a batch has of each window; the rest is of all of them.
+_OF_WINDOWS = [part.name for part in dataclasses.fields(Batch) if part.name not in ("edges", "nodes")]
 #: Steps that state keeps beyond what a window looks at, so that points may come a little late.
 _SLACK = 4
 
@@ -111,20 +115,30 @@ class Track:
             array[max(0, len(array) - new) :] = empty
         self.end = end
 
-    def add(self, place: int, steps: NDArray[np.int64], metric: int, values: NDArray[np.float64]) -> int:
-        """Takes points of one entity and metric into the means of their steps; returns how many were too old.
+    def until(self, end: int, steps: int) -> Floats:
+        """[steps, N, F] what a forecast that begins at the step `end` may look at."""
+        track = self if end <= self.end else self.copy()
+        track.reach(end)  # a step that has not been reached is a gap; one that has been passed is not seen
+        return track.values[: len(track.values) - (track.end - end)][-steps:]
+
+    def add(
+        self, places: NDArray[np.int64], steps: NDArray[np.int64], metric: int, values: NDArray[np.float64]
+    ) -> int:
+        """Takes points [K] of one metric into the means of their steps; returns how many were too old.
 
         A step that the windows had already (its mean is of points that are not here) is replaced.
         """
         at = steps - (self.end - len(self.values))
         kept = at >= 0
-        at, values = at[kept], values[kept]
-        for step in np.unique(at) if len(at) > 1 else at:
-            of = values[at == step] if len(at) > 1 else values
-            known = int(self.counts[step, place, metric])
-            before = float(self.values[step, place, metric]) if known else 0.0
-            self.values[step, place, metric] = (before * known + of.sum()) / (known + len(of))
-            self.counts[step, place, metric] = min(known + len(of), 60_000)
+        cells = at[kept] * self.values.shape[1] + places[kept]
+        cells, which, number = np.unique(cells, return_inverse=True, return_counts=True)
+        sums = np.bincount(which, values[kept], minlength=len(cells))
+        here = np.unravel_index(cells, self.values.shape[:2])
+        means, counts = self.values[..., metric], self.counts[..., metric]
+        known = counts[here].astype(np.int64)
+        before = np.where(known > 0, means[here].astype(np.float64), 0.0)
+        means[here] = (before * known + sums) / (known + number)
+        counts[here] = np.minimum(known + number, _MOST_COUNTED)
         return int((~kept).sum())
 
 
@@ -213,44 +227,50 @@ class Live:
     def _add(
         self, points: Sequence[Points], tracks: list[Track], unknown: dict[str, Track]
     ) -> tuple[int, dict[str, int]]:
-        kept, rejected = 0, Counter[str]()
+        if not points:
+            return 0, {}
         # A wrong clock must not make all that is known look old.
         known = max(track.end for track in self.tracks)
         last = max(known + self.data.horizon, (int(time.time()) - self.data.start) // self.data.step + 1)
-        latest = self._end(points, last)
-        for one in points:
-            found = self._track(one.entity, tracks, unknown, latest)
-            for name, values in one.values.items():
-                seen = np.isfinite(values)
-                if name not in self.data.metrics:
-                    rejected[f"{name} is not a metric of the model"] += int(seen.sum())
-                    continue
-                if found is None:
-                    rejected["too many entities that the model does not know"] += int(seen.sum())
-                    continue
-                track, place = found
-                below = seen & (values < 0)
-                if below.any():
-                    rejected["negative"] += int(below.sum())
-                step = (one.times - self.data.start) // self.data.step
-                future = seen & ~below & (step >= last)
-                if future.any():
-                    rejected["in the future"] += int(future.sum())
-                good = seen & ~below & ~future
-                steps = step[good]
-                old = track.add(place, steps, self.data.metrics.index(name), values[good])
-                if old:
+        step = (np.concatenate([one.times for one in points]) - self.data.start) // self.data.step
+        latest = max(0, int(step[step < last].max(initial=-1)) + 1)
+        places, rows, found = self._find(points, tracks, unknown, latest)
+
+        kept, rejected = 0, Counter[str]()
+        for name in dict.fromkeys(name for one in points for name in one.values):
+            values = np.concatenate([one.values.get(name, np.full(len(one.times), np.nan)) for one in points])
+            seen = np.isfinite(values)
+            for reason, wrong in (
+                (f"{name} is not a metric of the model", np.full(len(step), name not in self.data.metrics)),
+                ("too many entities that the model does not know", places < 0),
+                ("negative", values < 0),
+                ("in the future", step >= last),
+            ):
+                rejected[reason] += int((seen & wrong).sum())
+                seen &= ~wrong
+            for track, of in zip(found, rows, strict=True):
+                good = of[seen[of]]
+                if len(good):
+                    metric = self.data.metrics.index(name)
+                    old = track.add(places[good], step[good], metric, values[good])
                     rejected[_OLD] += old
-                kept += int(good.sum()) - old
+                    kept += len(good) - old
         return kept, {reason: count for reason, count in rejected.items() if count}
 
-    def _end(self, points: Sequence[Points], last: int) -> int:
-        """The step after the newest observation of all, of those before the step `last`."""
-        newest = 0
+    def _find(
+        self, points: Sequence[Points], tracks: list[Track], unknown: dict[str, Track], end: int
+    ) -> tuple[NDArray[np.int64], list[NDArray[np.int64]], list[Track]]:
+        """The place of each time in its track, −1 where there is no room for its entity; and, of each track
+        that is concerned, moved on to the step `end`, which times are its own."""
+        places, first = np.full(sum(len(one.times) for one in points), -1, np.int64), 0
+        found: dict[int, tuple[Track, list[NDArray[np.int64]]]] = {}
         for one in points:
-            steps = (one.times - self.data.start) // self.data.step
-            newest = max(newest, int(steps[steps < last].max(initial=-1)) + 1)
-        return newest
+            here, first = np.arange(first, first + len(one.times)), first + len(one.times)
+            where = self._track(one.entity, tracks, unknown, end)
+            if where is not None:
+                track, places[here] = where
+                found.setdefault(id(track), (track, []))[1].append(here)
+        return places, [np.concatenate(rows) for _, rows in found.values()], [of for of, _ in found.values()]
 
     def _track(
         self, entity: str, tracks: list[Track], unknown: dict[str, Track], end: int
@@ -329,32 +349,47 @@ class Live:
                 found[key] = self._remembered[key]
             else:
                 # Unknown entities are all alike: each a window of its own, of one entity.
-                by_group.setdefault(key[0] if isinstance(key[0], int) else "", []).append(key)
+                group = key[0] if isinstance(key[0], int) else ("unknown", key[1])
+                by_group.setdefault(group, []).append(key)
         if len(self._remembered) > 2 * len(self.tracks):
             self._remembered.clear()
-        for keys in by_group.values():
-            batch = _stack([self._batch(key[0], key[1], work[key]) for key in keys])
+        for group, keys in by_group.items():
+            if isinstance(group, int):
+                batch = _stack([self._batch(group, key[1], work[key]) for key in keys])
+            else:
+                batch = self._unknown([str(key[0]) for key in keys], group[1], [work[key] for key in keys])
             for key, one in zip(keys, self._forecast(batch), strict=True):
                 found[key] = one
                 if key[2] == -1:
                     self._remembered[key] = one
         return found
 
-    def _batch(self, group: int | str, end: int, track: Track) -> Batch:
-        """The window that ends where a forecast begins."""
-        names: tuple[str, ...] = (str(group),)
-        ends, weight = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
-        if isinstance(group, int):
-            names, (ends, weight) = self.data.groups[group], self.graphs[group]
-        # A step that the state has not reached is a gap; one that it has passed is not to be seen.
-        track = track.copy() if end > track.end else track
-        track.reach(end)
-        first = track.end - len(track.values)
-        values = track.values[: end - first]
+    def _batch(self, group: int, end: int, track: Track) -> Batch:
+        """A group's window that ends where a forecast begins."""
+        values = track.until(end, self.data.context)
+        return self._window(self.data.groups[group], end, values, *self.graphs[group])
+
+    def _unknown(self, names: Sequence[str], end: int, tracks: Sequence[Track]) -> Batch:
+        """A window of each of some unknown entities, without edges."""
+        values = np.concatenate([track.until(end, self.data.context) for track in tracks], axis=1)
+        nothing = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
+        found = self._window(tuple(names), end, values, *nothing)
+        count = len(names)
+        tensors = {}
+        for name in _OF_WINDOWS:
+            part: torch.Tensor = getattr(found, name)
+            # [1, L, U, …] → [U, L, 1, …], but [1, L, C] and [1] are the same for all.
+            tensors[name] = part.transpose(0, 2) if part.dim() > 3 else part.expand(count, *part.shape[1:])
+        return Batch(edges=found.edges, nodes=found.nodes[:1], **tensors)
+
+    def _window(
+        self, names: tuple[str, ...], end: int, values: Floats, ends: NDArray[np.int64], weight: Floats
+    ) -> Batch:
+        """The window of some entities that ends at the step `end`, with values [K, N, F] until then."""
+        first = end - len(values)
         shard = Shard(path="", edges="", group=0, start=end, stop=end + 1, first=first, last=end)
-        begin, index = torch.tensor([0]), torch.from_numpy(ends)
-        times = torch.zeros(len(weight), dtype=torch.int64)
-        edges = SliceEdges.build(begin, times, index[0], index[1], torch.from_numpy(weight))
+        index, times = torch.from_numpy(ends), torch.zeros(len(weight), dtype=torch.int64)
+        edges = SliceEdges.build(torch.tensor([0]), times, index[0], index[1], torch.from_numpy(weight))
         manifest = self.data.model_copy(update={"groups": (names,)})
         opened = OpenShard(manifest, shard, values, edges, self.selected.scaler, self.selected.entities)
         return opened.batch(np.array([end]))
@@ -432,7 +467,5 @@ def _stack(batches: Sequence[Batch]) -> Batch:
     nodes = batches[0].x.shape[2]
     index = torch.cat([one.edges.index + place * nodes for place, one in enumerate(batches)], dim=1)
     edges = Edges(index, torch.cat([one.edges.weight for one in batches]))
-    shared = ("edges", "nodes")
-    names = [field.name for field in dataclasses.fields(Batch) if field.name not in shared]
-    tensors = {name: torch.cat([getattr(one, name) for one in batches]) for name in names}
+    tensors = {name: torch.cat([getattr(one, name) for one in batches]) for name in _OF_WINDOWS}
     return Batch(edges=edges, nodes=batches[0].nodes, **tensors)
