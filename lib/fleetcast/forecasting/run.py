@@ -42,10 +42,9 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
         return {**published["figures"], "forecast": folder, "skipped": True}
 
     work = f"_work/forecasts/{digest}"
-    last = {shard.group: shard for shard in data.shards}  # shards of a group come in the order of time
     plan = {
-        f"{work}/rows/part-{group:05d}.parquet": {"shard": shard.model_dump(), "digest": digest}
-        for group, shard in sorted(last.items())
+        f"{work}/rows/part-{shard.group:05d}.parquet": {"shard": shard.model_dump(), "digest": digest}
+        for shard in data.last_shards
     }
 
     def work_on(item: dict[str, Any]) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _hours(snapshot: Snapshot, moment: datetime, step: int) -> float | None:
 
 def neighbours(snapshot: Snapshot, entity: str) -> dict[str, Any]:
     """`schemas.Neighbours`, strongest first."""
-    (sources, targets), weights = snapshot.edges
+    (sources, targets), weights = snapshot.past.ends, snapshot.past.weights
     place = snapshot.place(entity)
     found = []
     for mine, theirs, direction in ((targets, sources, "upstream"), (sources, targets, "downstream")):

@@ -30,14 +30,14 @@ from fleetcast.evaluation.backtest import Rung
 from fleetcast.forecasting.predict import ForecastOptions, Selected, bounds
 from fleetcast.forecasting.run import read_selected
 from fleetcast.schemas import QUANTILES
+from fleetcast.serving.past import NO_EDGES, Floats, graph_at
 from fleetcast.store import Store
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.batch import Batch, Edges
-from fleetcast.windows.edges import SliceEdges, last_complete
+from fleetcast.windows.edges import SliceEdges
 from fleetcast.windows.manifest import Manifest, Shard
-from fleetcast.windows.views import OpenShard, read_edges, read_values
+from fleetcast.windows.views import OpenShard, read_values
 
-Floats = NDArray[np.float32]
 #: A group or an unknown entity; the step where its forecast begins; the request if it brings own points.
 _Key = tuple[int | str, int, int]
 
@@ -183,12 +183,12 @@ class Live:
             raise InputError(refused)
         steps = data.context + _SLACK
         tracks, graphs = [], []
-        for shard in _last_shards(data):
+        for shard in data.last_shards:
             values = read_values(store, data, shard)[-steps:]
             track = Track(steps, values.shape[1], values.shape[2], data.steps)
             track.values[steps - len(values) :] = values
             tracks.append(track)
-            graphs.append(_graph(store, data, shard))
+            graphs.append(graph_at(store, data, shard, data.start + data.step * data.steps))
         return cls(data, selected, model, naive, refused, tracks, graphs, most_unknown=most_unknown)
 
     def take_over(self, older: Live) -> None:
@@ -372,8 +372,7 @@ class Live:
     def _unknown(self, names: Sequence[str], end: int, tracks: Sequence[Track]) -> Batch:
         """A window of each of some unknown entities, without edges."""
         values = np.concatenate([track.until(end, self.data.context) for track in tracks], axis=1)
-        nothing = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
-        found = self._window(tuple(names), end, values, *nothing)
+        found = self._window(tuple(names), end, values, *NO_EDGES)
         count = len(names)
         tensors = {}
         for name in _OF_WINDOWS:
@@ -405,9 +404,8 @@ class Live:
         found = []
         for window in range(len(batch.origins)):
             share = batch.mask[window].float().mean((0, 2)).numpy()
-            finite = np.isfinite(own.mean[window]).all((0, 2)) & np.isfinite(own.quantiles[window]).all(
-                (0, 2, 3)
-            )
+            finite = np.isfinite(own.mean[window]).all((0, 2))
+            finite &= np.isfinite(own.quantiles[window]).all((0, 2, 3))
             naive = (share < SHARE) | ~finite
             mean = np.where(naive[:, None], stand_in.mean[window], own.mean[window])
             quantiles = np.where(naive[:, None, None], stand_in.quantiles[window], own.quantiles[window])
@@ -444,20 +442,6 @@ class _Prepared:
         values = np.stack([found[key][0][place] for key, place in self.where])
         reasons = tuple(found[key][1][place] for key, place in self.where)
         return Answer(data.start + data.step * self.end, values, reasons)
-
-
-def _last_shards(data: Manifest) -> list[Shard]:
-    """Of each group, in their order."""
-    last = {shard.group: shard for shard in data.shards}
-    return [last[group] for group in range(len(data.groups))]
-
-
-def _graph(store: Store, data: Manifest, shard: Shard) -> tuple[NDArray[np.int64], Floats]:
-    """[2, E] and [E]: the group's edges at the end of the telemetry, as the nightly forecast sees them."""
-    slices = read_edges(store, data, shard)
-    end = torch.tensor([data.start + data.step * data.steps])
-    edges = slices.batch(last_complete(end, slices.starts, data.slice), len(data.groups[shard.group]))
-    return edges.index.numpy(), edges.weight.numpy()
 
 
 def _stack(batches: Sequence[Batch]) -> Batch:

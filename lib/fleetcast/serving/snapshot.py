@@ -1,18 +1,21 @@
 """A published forecast in memory, and what can be asked of it.
 
     snapshot = Snapshot.load(store, folder)        # checked: whole, finite, not negative
-    snapshot.mean(["m_1"], ["cpu"])                # views of one array [N, F, H, 1 + Q]
+    snapshot.values                                # one array [N, F, H, 1 + Q]
+    snapshot.peaks("cpu", 0.95, first=0, most=10)
 
 A snapshot never changes; a newer forecast is another snapshot, so an answer is always of one forecast. It
-takes 4 · N · F · H · 9 bytes: 70 MB for 4,000 machines, 5 metrics and 96 steps.
+takes 4 · N · F · H · 9 bytes, 70 MB for 4,000 machines, 5 metrics and 96 steps; as much again for the forecast
+before it, if there is one, and a third of that for what was observed.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,21 +26,18 @@ from numpy.typing import NDArray
 from fleetcast import schemas
 from fleetcast.errors import InputError
 from fleetcast.schemas import QUANTILES, quantile_name
+from fleetcast.serving.past import NO_EDGES, Floats, Past
 from fleetcast.store import MANIFEST, Store
 from fleetcast.training.register import SELECTED
-from fleetcast.windows import manifest as manifests
-from fleetcast.windows.edges import last_complete
-from fleetcast.windows.manifest import Manifest, Shard
-from fleetcast.windows.views import read_edges, read_values
 
-Floats = NDArray[np.float32]
+log = logging.getLogger("fleetcast")
+
 #: Columns of the array's last axis: the mean, then the quantiles.
 COLUMNS = ("mean", *(quantile_name(q) for q in QUANTILES))
 MEAN = 0
 #: Quantile by which the dependence of entities is told from the width of their total.
 _WIDE = 1 + QUANTILES.index(0.95)
-_HISTORIES = 64
-#: History that is shown at least [s].
+#: History that is kept at least [s]; three horizons, if that is longer.
 _RECENT = 2 * 86_400
 
 
@@ -68,10 +68,31 @@ class Snapshot:
     """[N, F, H, 1 + Q] mean and quantiles in original units."""
     fallback: tuple[str | None, ...]
     """[N] why an entity has the naive forecast, or None."""
+    past: Past
+    """What came before, and the graph."""
+    earlier: Snapshot | None = None
+    """The forecast before, which had time to prove itself; None if there is none."""
 
     @classmethod
     def load(cls, store: Store, folder: str) -> Snapshot:
-        """Reads a forecast. Raises InputError if it is not whole, or holds what no one should act on."""
+        """Reads a forecast and what is around it. Raises InputError if the forecast is not whole, or holds
+        what no one should act on."""
+        alone = cls._read(store, folder)
+        most = max(3 * alone.horizon, _RECENT // alone.step)
+        past = Past.read(
+            store,
+            alone.manifest["windows"],
+            alone.entities,
+            alone.metrics,
+            int(alone.issued.timestamp()),
+            alone.step,
+            most,
+        )
+        return replace(alone, past=past, earlier=_earlier(alone))
+
+    @classmethod
+    def _read(cls, store: Store, folder: str) -> Snapshot:
+        """A forecast without what is around it."""
         manifest = store.read_json(f"{folder}/{MANIFEST}")
         if manifest is None:
             raise InputError(f"{store.uri}/{folder}: is not a published forecast")
@@ -98,7 +119,8 @@ class Snapshot:
         wrong = int((~np.isfinite(values)).sum() + (values < 0).sum())
         if wrong:
             raise InputError(f"{store.uri}/{folder}: {wrong} values are negative or not finite")
-        return cls(store, folder, manifest, tuple(names), values, tuple(reasons))
+        nothing = Past(np.zeros((0, len(names), len(metrics)), np.float32), *NO_EDGES)
+        return cls(store, folder, manifest, tuple(names), values, tuple(reasons), nothing)
 
     # -- what it is ------------------------------------------------------------------------------------------
 
@@ -120,7 +142,7 @@ class Snapshot:
     @cached_property
     def issued(self) -> datetime:
         """Start of the first step."""
-        return datetime.fromisoformat(self.manifest["figures"]["issued"].replace("Z", "+00:00"))
+        return _issued(self.manifest)
 
     @property
     def valid_until(self) -> datetime:
@@ -216,9 +238,8 @@ class Snapshot:
         f = self.metric(metric)
         if entities is None:
             found = self.overview["total"][metric]["forecast"]
-            return np.stack([np.asarray(found[name], np.float32) for name in COLUMNS], -1), self.manifest[
-                "total"
-            ]
+            columns = [np.asarray(found[name], np.float32) for name in COLUMNS]
+            return np.stack(columns, -1), self.manifest["total"]
         values = self.values[list(entities), f].astype(np.float64)
         mean, away = values[..., :1], np.abs(values - values[..., :1])
         share = self._dependence[f]
@@ -267,52 +288,17 @@ class Snapshot:
 
     # -- what came before, and what is around ----------------------------------------------------------------
 
-    @cached_property
-    def data(self) -> Manifest:
-        """The windows that the forecast was made of."""
-        return manifests.load(self.store, self.manifest["windows"])
-
-    @cached_property
-    def _groups(self) -> dict[str, tuple[Shard, int]]:
-        """Entity → the last shard of its group, and its place there."""
-        last = {shard.group: shard for shard in self.data.shards}
-        return {
-            name: (last[group], place)
-            for group, names in enumerate(self.data.groups)
-            for place, name in enumerate(names)
-        }
-
     def history(self, entity: str) -> tuple[NDArray[np.datetime64], Floats]:
-        """[T] times and [T, F] values before the forecast, NaN in gaps: three horizons and two days at least,
-        or what there is of them in the group's last shard."""
-        shard, place = self._groups[entity]
-        values = _values(self, shard)[:, place]
-        stop = int((int(self.issued.timestamp()) - self.data.start) // self.data.step) - shard.first
-        most = max(3 * self.horizon, _RECENT // self.step)
-        values = values[max(0, stop - most) : max(0, stop)]
-        seconds = int(self.issued.timestamp()) - self.data.step * np.arange(len(values), 0, -1)
+        """[T] times and [T, F] values before the forecast, NaN in gaps, from the first that was observed."""
+        values = self.past.values[:, self.place(entity)]
+        seen = np.isfinite(values).any(1)
+        values = values[seen.argmax() :] if seen.any() else values[:0]
+        seconds = int(self.issued.timestamp()) - self.step * np.arange(len(values), 0, -1)
         return seconds.astype("datetime64[s]"), values
 
-    @cached_property
-    def edges(self) -> tuple[NDArray[np.int64], Floats]:
-        """[2, E] places of entities, and [E] weights: the graph at the forecast's beginning, all groups."""
-        ends, weights = [np.zeros((2, 0), np.int64)], [np.zeros(0, np.float32)]
-        import torch
-
-        origin = torch.tensor([int(self.issued.timestamp())])
-        for shard in {shard.group: shard for shard in self.data.shards}.values():
-            slices = read_edges(self.store, self.data, shard)
-            names = self.data.groups[shard.group]
-            graph = slices.batch(last_complete(origin, slices.starts, self.data.slice), len(names))
-            places = np.array([self.places[name] for name in names])
-            ends.append(places[graph.index.numpy()])
-            weights.append(graph.weight.numpy())
-        return np.concatenate(ends, axis=1), np.concatenate(weights)
-
     def accuracy(self, entity: str) -> tuple[datetime | None, dict[str, dict[str, float]]]:
-        """How an earlier forecast of an entity did: the newest one that was over, or half over, when this one
-        was issued."""
-        earlier = _earlier(self)
+        """How the forecast before did on an entity: when that was issued, and of each metric its errors."""
+        earlier = self.earlier
         if earlier is None or entity not in earlier.places:
             return None, {}
         times, observed = self.history(entity)
@@ -355,34 +341,24 @@ class Snapshot:
         }
 
 
-@lru_cache(maxsize=_HISTORIES)
-def _values_of(store: str, windows: str, fingerprint: str, path: str) -> Floats:
-    where = Store(store)
-    data = manifests.load(where, windows)
-    return read_values(where, data, next(shard for shard in data.shards if shard.path == path))
-
-
-def _values(snapshot: Snapshot, shard: Shard) -> Floats:
-    """[T, N, F] of a shard; some are kept, as entities of one group are looked at together."""
-    data = snapshot.data
-    return _values_of(snapshot.store.uri, data.name, data.fingerprint, shard.path)
-
-
-@lru_cache(maxsize=2)
-def _earlier_of(store: str, folder: str) -> Snapshot | None:
-    where = Store(store)
-    this = Snapshot.load(where, folder)
-    found = sorted({path.rsplit("/", 1)[0] for path in where.list("forecasts", MANIFEST)}, reverse=True)
-    for other in (path for path in found if path < folder):
-        manifest = where.read_json(f"{other}/{MANIFEST}")
-        issued = datetime.fromisoformat(manifest["figures"]["issued"].replace("Z", "+00:00"))
-        if this.issued - issued >= timedelta(seconds=manifest["step"] * manifest["horizon"] / 2):
-            return Snapshot.load(where, other)
+def _earlier(snapshot: Snapshot) -> Snapshot | None:
+    """The newest forecast that was over, or half over, when this one was issued, and that can be used."""
+    store = snapshot.store
+    folders = {path.rsplit("/", 1)[0] for path in store.list("forecasts", MANIFEST)}
+    for folder in sorted((one for one in folders if one < snapshot.folder), reverse=True):
+        manifest = store.read_json(f"{folder}/{MANIFEST}")
+        half = timedelta(seconds=manifest["step"] * manifest["horizon"] / 2)
+        if snapshot.issued - _issued(manifest) < half:
+            continue
+        try:
+            return Snapshot._read(store, folder)
+        except InputError as error:
+            log.warning("serve: the forecast before is not looked at: %s", error)
     return None
 
 
-def _earlier(snapshot: Snapshot) -> Snapshot | None:
-    return _earlier_of(snapshot.store.uri, snapshot.folder)
+def _issued(manifest: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(manifest["figures"]["issued"].replace("Z", "+00:00"))
 
 
 def now(clock: str, snapshot: Snapshot) -> datetime:

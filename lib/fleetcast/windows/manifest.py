@@ -111,6 +111,12 @@ class Manifest(Options):
         return tuple(name for group in self.groups for name in group)
 
     @property
+    def last_shards(self) -> tuple[Shard, ...]:
+        """The shard of each group, in their order, that ends where the telemetry does."""
+        last = {shard.group: shard for shard in self.shards}  # those of a group come in the order of time
+        return tuple(last[group] for group in sorted(last))
+
+    @property
     def context(self) -> int:
         """Steps before its origin that a window may look at."""
         return context(self.history, self.lags, self.max_gap)
