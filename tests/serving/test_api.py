@@ -13,12 +13,14 @@ import polars as pl
 import pyarrow as pa
 import pytest
 import schemathesis
-from conftest import MACHINES, METRICS, NIGHT, Local, republish, serve
 from fleetcast.schemas import QUANTILES
 from fleetcast.serving import schemas
-from fleetcast.serving.api import ARROW, application
+from fleetcast.serving.api import application
+from fleetcast.serving.local import Local
 from fleetcast.serving.options import ServeOptions
+from fleetcast.serving.routes import ARROW
 from hypothesis import HealthCheck, given, settings
+from night import MACHINES, METRICS, NIGHT, republish, serve
 
 TIMES = ["2018-01-05T23:30:00Z", "2018-01-05T23:45:00Z"]
 LIVE = {"telemetry": [{"entity": "m_1", "times": TIMES, "values": {"cpu": [0.4, None]}}]}
@@ -119,11 +121,11 @@ WRONG = [
     ("GET", "/v1/totals?metric=cpu&service=x", None, 404, None, "service x, parent None: there is no entity"),
     ("GET", "/v1/nothing", None, 404, None, "Not Found"),
     ("GET", "/v1/forecasts/m_1?metric=x", None, 422, "metric", "x, expected one of cpu, memory"),
-    ("GET", "/v1/forecasts/m_1?hours=-1", None, 422, "hours", "greater than 0"),
+    ("GET", "/v1/forecasts/m_1?hours=-1", None, 422, "hours", "greater than 0, got '-1'"),
     ("GET", "/v1/peaks?metric=cpu&quantile=0.3", None, 422, "quantile", "expected one of 0.05"),
     ("GET", "/v1/peaks", None, 422, "metric", "required"),
     ("GET", "/v1/scaling/m_1", None, 422, "replicas", "the present number is needed"),
-    ("GET", "/v1/entities?limit=100000", None, 422, "limit", "less than or equal to 1000"),
+    ("GET", "/v1/entities?limit=100000", None, 422, "limit", "less than or equal to 1000, got '100000'"),
     ("POST", "/v1/forecasts", {"entities": []}, 422, "entities", "at least 1"),
     ("POST", "/v1/forecasts", {"entities": ["m_1"], "x": 1}, 422, "x", "not permitted"),
     ("POST", "/v1/forecasts", {"entities": ["m_1"] * 5001}, 422, "entities", "at most 5000"),
@@ -170,7 +172,7 @@ def test_with_a_token_nothing_but_health_and_the_page_is_open(night, monkeypatch
             for path in ("/healthz", "/readyz", "/", "/page/app.js"):
                 assert client.get(path).status_code == 200
             for path in ("/v1/cluster", "/metrics", "/api/v1/labels", "/openapi.json"):
-                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cre"}):
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
                     answer = client.get(path, headers=headers)
                     assert answer.status_code == 401
                     assert answer.headers["www-authenticate"] == "Bearer"
@@ -218,7 +220,7 @@ def test_a_refused_forecast_is_said_while_the_old_one_answers(store):
 
 def test_another_model_is_taken_up_and_one_that_cannot_be_read_is_refused(store):
     local = Local(ServeOptions(store=store.uri, clock="trace"))
-    first = local.host.models.live
+    first = local.models.live
     selected = store.read_json("models/selected.json")
     folder = f"{selected['model']}-copy"
     for path in store.list(selected["model"]):
@@ -228,14 +230,14 @@ def test_another_model_is_taken_up_and_one_that_cannot_be_read_is_refused(store)
         file.write(b"no weights")
     store.write_json("models/selected.json", {**selected, "model": folder})
     local.refresh()
-    assert local.host.models.live is first
-    assert "not a whole safetensors file" in local.host.models.reason
+    assert local.models.live is first
+    assert "not a whole safetensors file" in local.models.reason
     with store.write(f"{folder}/weights.safetensors") as file:
         file.write(store.read_bytes(f"{selected['model']}/weights.safetensors"))
     local.refresh()
-    assert local.host.models.live is not first
-    assert local.host.models.live.selected.folder == folder
-    assert local.host.models.reason == ""
+    assert local.models.live is not first
+    assert local.models.live.selected.folder == folder
+    assert local.models.reason == ""
 
 
 def test_the_examples_of_the_openapi_document_are_answered(client):

@@ -6,11 +6,11 @@ import copy
 
 import numpy as np
 import pytest
-from conftest import DAY, METRICS
 from fleetcast.errors import InputError
 from fleetcast.serving.live import SHARE, UNKNOWN, Answer, Asked, Live, Points
 from fleetcast.serving.snapshot import Snapshot, column, newest
 from fleetcast.store import Store
+from night import DAY, METRICS
 
 STEP = 900
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import yaml
-from conftest import NIGHT, republish
 from fleetcast.errors import InputError
 from fleetcast.serving import app
 from fleetcast.serving.app import build, checked
 from fleetcast.store import Store
+from night import NIGHT, republish
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -51,7 +51,7 @@ def address(shared_store: Store) -> Iterator[str]:
         port = listening.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     args = {"store": shared_store.uri, "clock": "trace", "refresh_seconds": 0.2}
-    serve.run(build(args | {"api_cpus": 0.1, "live_cpus": 0.1}), name="fleetcast")
+    serve.run(build(args), name="fleetcast")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -74,7 +74,7 @@ def test_beyond_what_may_wait_the_answer_is_429_at_once(address, shared_store, t
         async def ask(self, asked):
             while not gate.exists():
                 await asyncio.sleep(0.01)
-            return self.forecast([asked])[0]
+            return self.models.forecast([asked])[0]
 
     args = {"store": shared_store.uri, "clock": "trace"}
     few = {"num_cpus": 0.1}

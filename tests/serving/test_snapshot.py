@@ -7,7 +7,6 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import polars as pl
 import pytest
-from conftest import NIGHT, republish
 from fleetcast.errors import InputError
 from fleetcast.schemas import QUANTILES, quantile_name
 from fleetcast.serving import answers
@@ -15,6 +14,7 @@ from fleetcast.serving.options import ServeOptions
 from fleetcast.serving.snapshot import COLUMNS, Snapshot, column, newest
 from fleetcast.serving.source import Forecasts
 from fleetcast.store import Store
+from night import NIGHT, republish
 
 CLOCK = "trace"
 

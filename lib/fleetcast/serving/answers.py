@@ -11,8 +11,9 @@ import numpy as np
 
 from fleetcast.errors import InputError
 from fleetcast.schemas import FRACTIONS, QUANTILES, describe, describe_total
-from fleetcast.serving.live import Answer
-from fleetcast.serving.snapshot import MEAN, Floats, Snapshot, column, now
+from fleetcast.serving.past import Floats
+from fleetcast.serving.snapshot import MEAN, Snapshot, column, now
+from fleetcast.serving.source import Found
 
 _HOUR = 3600
 
@@ -101,26 +102,21 @@ def forecasts(
 
 
 def live(
-    answer: Answer,
-    names: Sequence[str],
-    metrics: Sequence[str],
-    step: int,
-    model: str,
-    hours: float | None,
-    quantiles: Sequence[float],
+    found: Found, names: Sequence[str], hours: float | None, quantiles: Sequence[float]
 ) -> dict[str, Any]:
     """`schemas.LiveForecasts`."""
+    answer, step = found.answer, found.step
     steps = steps_of(hours, step, answer.values.shape[2])
-    every = range(len(metrics))
+    every = range(len(found.metrics))
     return {
         "origin": datetime.fromtimestamp(answer.origin, UTC),
-        "model": model,
+        "model": found.model,
         "times": (answer.origin + step * np.arange(steps)).astype("datetime64[s]"),
         "forecasts": [
             {
                 "entity": name,
                 "fallback": reason,
-                "series": series(values, metrics, every, quantiles, steps),
+                "series": series(values, found.metrics, every, quantiles, steps),
             }
             for name, values, reason in zip(names, answer.values, answer.reasons, strict=True)
         ],

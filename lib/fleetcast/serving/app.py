@@ -15,144 +15,100 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from fleetcast.errors import InputError
 from fleetcast.runtime import set_up_logging
-from fleetcast.serving.api import NotReady, Overloaded, application
-from fleetcast.serving.live import Answer, Asked, Points
+from fleetcast.serving.api import application
+from fleetcast.serving.live import Asked, Points
 from fleetcast.serving.options import ServeOptions
-from fleetcast.serving.snapshot import Snapshot
-from fleetcast.serving.source import Forecasts, Models, watch
+from fleetcast.serving.source import Forecasts, Found, Models, NotReady, Overloaded, watch
 
 log = logging.getLogger("fleetcast")
 
 #: Live requests that share runs of the model, and how long the first of them waits for others [s].
 _TOGETHER, _WAIT = 32, 0.002
 
-Found = tuple[Answer, dict[str, Any]] | InputError | NotReady
+#: Live requests that may wait, and requests of any kind that a replica of Api works on at once, where
+#: serve_config.yaml does not say.
+_WAITING, _ONGOING = 64, 64
 
 
-class ModelHost:
-    """The served model and the state; everything runs in one thread beside the event loop."""
-
-    def __init__(self, options: ServeOptions) -> None:
-        torch.set_num_threads(1)
-        self.models = Models(options)
-
-    def forecast(self, asked: Sequence[Asked]) -> list[Found]:
-        """An answer, or what is wrong, for each request."""
-        live = self.models.live
-        if live is None:
-            return [NotReady(self.models.reason)] * len(asked)
-        data = live.data
-        about = {"metrics": data.metrics, "step": data.step, "model": live.selected.rung}
-        found = live.forecast(asked)
-        return [one if isinstance(one, InputError) else (one, about) for one in found]
-
-    def add(self, points: Sequence[Points]) -> tuple[int, dict[str, int]] | NotReady:
-        """Keeps telemetry."""
-        live = self.models.live
-        return NotReady(self.models.reason) if live is None else live.add(points)
-
-
-class Live(ModelHost):
-    """Live forecasts and the state cache."""
+class Live:
+    """Live forecasts and the state cache; the model runs in a thread beside the event loop."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         set_up_logging("INFO")
+        torch.set_num_threads(1)
         given = ServeOptions(**options)
-        super().__init__(given)
+        self.models = Models(given)
         self.models.refresh()
         self._stop = watch(self.models.refresh, given.refresh_seconds)
 
     @serve.batch(max_batch_size=_TOGETHER, batch_wait_timeout_s=_WAIT)
-    async def ask(self, asked: list[Asked]) -> list[Found]:
+    async def ask(self, asked: list[Asked]) -> list[Found | InputError | NotReady]:
         """One request among those that came together."""
-        return await asyncio.to_thread(self.forecast, asked)
+        return await asyncio.to_thread(self.models.forecast, asked)
 
     async def tell(self, points: Sequence[Points]) -> tuple[int, dict[str, int]] | NotReady:
         """Keeps telemetry."""
-        return await asyncio.to_thread(self.add, points)
-
-    def reason(self) -> str:
-        """Why there is no model, or another one was refused."""
-        return self.models.reason
+        return await asyncio.to_thread(self.models.add, points)
 
 
 @serve.ingress()
-class Api:
+class Api(Forecasts):
     """Answers HTTP."""
 
     def __init__(self, options: dict[str, Any], live: DeploymentHandle) -> None:
         set_up_logging("INFO")
-        self.options = ServeOptions(**options)
+        super().__init__(ServeOptions(**options))
         self._live = live
-        self._forecasts = Forecasts(self.options)
-        self._forecasts.refresh()
-        self._stop = watch(self._forecasts.refresh, self.options.refresh_seconds)
+        self.refresh()
+        self._stop = watch(self.refresh, self.options.refresh_seconds)
 
     def __serve_build_asgi_app__(self) -> Any:
         return application(self)
 
-    @property
-    def snapshot(self) -> Snapshot | None:
-        """The newest forecast."""
-        return self._forecasts.snapshot
-
-    @property
-    def reason(self) -> str:
-        """Why there is none, or why a newer one was refused."""
-        return self._forecasts.reason
-
-    async def live(self, asked: Asked) -> tuple[Answer, dict[str, Any]]:
+    async def live(self, asked: Asked) -> Found:
         """A live forecast."""
-        found = await self._ask(self._live.ask.remote(asked))
-        if isinstance(found, InputError | NotReady):
-            raise found
+        found: Found = await self._ask(self._live.ask.remote(asked))
         return found
 
     async def add(self, points: Sequence[Points]) -> tuple[int, dict[str, int]]:
         """Keeps telemetry."""
-        found = await self._ask(self._live.tell.remote(points))
-        if isinstance(found, NotReady):
-            raise found
+        found: tuple[int, dict[str, int]] = await self._ask(self._live.tell.remote(points))
         return found
 
     async def _ask(self, response: Any) -> Any:
         try:
-            return await response
+            found = await response
         except BackPressureError as error:
             raise Overloaded("too many live requests wait, try again in a second") from error
+        if isinstance(found, InputError | NotReady):
+            raise found
+        return found
 
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application of serve_config.yaml's `args`. Raises InputError naming a wrong one."""
     options = checked(args)
     given = options.model_dump(mode="json")
+    half = {"num_cpus": 0.5}
     live = serve.deployment(
         name="Live",
         max_ongoing_requests=_TOGETHER,
-        max_queued_requests=options.max_concurrent,
-        ray_actor_options={"num_cpus": options.live_cpus},
+        max_queued_requests=_WAITING,
+        ray_actor_options=half,
     )(Live).bind(given)
-    return serve.deployment(
-        name="Api",
-        max_ongoing_requests=_ONGOING,
-        ray_actor_options={"num_cpus": options.api_cpus},
-    )(Api).bind(given, live)
-
-
-#: Requests that a replica of Api works on at once: most only read memory.
-_ONGOING = 64
+    api = serve.deployment(name="Api", max_ongoing_requests=_ONGOING, ray_actor_options=half)(Api)
+    return api.bind(given, live)
 
 
 def checked(args: dict[str, Any]) -> ServeOptions:
     """Options from `args`. Raises InputError naming a wrong one."""
-    from pydantic import ValidationError
-
     try:
         return ServeOptions(**args)
     except ValidationError as error:

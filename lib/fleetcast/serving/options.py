@@ -26,17 +26,10 @@ class ServeOptions(Options):
     `Authorization: Bearer …`."""
     max_body_mb: float = Field(32, gt=0)
     """Largest body of a request [MB]; beyond it the answer is 413."""
-    max_concurrent: int = Field(64, ge=1)
-    """Live requests that wait or are worked on; beyond it the answer is 429."""
     target_utilisation: float = Field(0.7, gt=0, le=1)
     """Share of a replica's capacity that required replicas leave it with, where a request does not say."""
     unknown_entities: int = Field(10_000, ge=0)
     """Most entities that the model was not trained on whose telemetry is kept."""
-
-    api_cpus: float = Field(0.5, ge=0)
-    """CPUs that Ray keeps for each replica that answers HTTP."""
-    live_cpus: float = Field(0.5, ge=0)
-    """CPUs that Ray keeps for the one that runs the model."""
 
     def token(self) -> bytes:
         """The token of `token_variable`, empty if none is asked for. Raises InputError if it is not set: a

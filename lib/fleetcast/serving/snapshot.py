@@ -5,8 +5,8 @@
     snapshot.peaks("cpu", 0.95, first=0, most=10)
 
 A snapshot never changes; a newer forecast is another snapshot, so an answer is always of one forecast. It
-takes 4 · N · F · H · 9 bytes, 70 MB for 4,000 machines, 5 metrics and 96 steps; as much again for the forecast
-before it, if there is one, and a third of that for what was observed.
+takes 4 · N · F · H · 9 bytes, 70 MB for 4,000 machines, 5 metrics and 96 steps; as much again for the
+forecast before it, if there is one, and a third of that for what was observed.
 """
 
 from __future__ import annotations

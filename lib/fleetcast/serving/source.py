@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from fleetcast.errors import InputError
 from fleetcast.forecasting.run import read_selected
-from fleetcast.serving.live import Live
+from fleetcast.serving.live import Answer, Asked, Live, Points
 from fleetcast.serving.options import ServeOptions
 from fleetcast.serving.snapshot import Snapshot, newest
 from fleetcast.store import MANIFEST, Store
@@ -21,11 +22,30 @@ from fleetcast.training.register import SELECTED
 log = logging.getLogger("fleetcast")
 
 
+class NotReady(Exception):
+    """There is no valid forecast, or no model; the message says why."""
+
+
+class Overloaded(Exception):
+    """More live requests than may wait."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A live answer, and what it is of."""
+
+    answer: Answer
+    metrics: tuple[str, ...]
+    step: int
+    """Width of a step [s]."""
+    model: str
+
+
 class Forecasts:
     """The newest published forecast."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self.store = Store(options.store)
+        self.options, self.store = options, Store(options.store)
         self.snapshot: Snapshot | None = None
         self.reason = "no forecast has been looked for yet"
         """Why there is no snapshot, or why a newer one was refused; empty if all is well."""
@@ -59,7 +79,7 @@ class Models:
         self.live: Live | None = None
         self.reason = "no model has been looked for yet"
         """Why there is no model, or why another one was refused; empty if all is well."""
-        self._seen: object = None
+        self._seen: object = self  # nothing that a store could have
 
     def refresh(self) -> None:
         """Takes up another selected model, or newer windows; what was sent since is kept."""
@@ -82,6 +102,19 @@ class Models:
             found.take_over(self.live)
         self._seen, self.live, self.reason = mark, found, ""
         log.info("serve: %s answers live requests", found.selected.rung)
+
+    def forecast(self, asked: Sequence[Asked]) -> list[Found | InputError | NotReady]:
+        """An answer, or what is wrong, for each request."""
+        live = self.live
+        if live is None:
+            return [NotReady(self.reason)] * len(asked)
+        about = (live.data.metrics, live.data.step, live.selected.rung)
+        return [one if isinstance(one, InputError) else Found(one, *about) for one in live.forecast(asked)]
+
+    def add(self, points: Sequence[Points]) -> tuple[int, dict[str, int]] | NotReady:
+        """Keeps telemetry: how many values, and why others are not."""
+        live = self.live
+        return NotReady(self.reason) if live is None else live.add(points)
 
 
 def watch(refresh: Callable[[], None], seconds: float) -> threading.Event:
