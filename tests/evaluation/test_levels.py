@@ -45,7 +45,7 @@ def test_a_bound_belongs_to_the_level_below_it():
 
 def test_without_a_request_rate_there_are_no_levels(dataset):
     store, m = dataset(np.ones((40, 2, 2), np.float32))
-    with pytest.raises(InputError, match="expected a metric request_rate, got cpu, memory"):
+    with pytest.raises(InputError, match="needs a metric request_rate, the data have cpu, memory"):
         cluster_rate(store, m)
 
 

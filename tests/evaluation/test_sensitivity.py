@@ -90,7 +90,8 @@ def test_intervals_are_of_what_is_left_between_seeds_pooled_over_the_points():
 
 
 def test_where_a_trial_is_missing_seeds_are_not_matched():
-    found = study({1: 0.5, 4: 0.3}, values={1: {"mse": [0.5, 0.52, 0.48]}, 4: {"mse": [0.3, 0.31]}})
+    values = {1: {"mse": [0.5, 0.52, 0.48]}, 4: {"mse": [0.3, 0.31]}}
+    found = study({1: 0.5, 4: 0.3}, values=values, matched=False)
     assert found.noise("mse").freedom == 3
     assert found.verdict == "agrees"
 

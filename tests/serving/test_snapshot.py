@@ -217,6 +217,33 @@ def test_without_an_earlier_forecast_there_is_no_accuracy(snapshot):
     assert answers.accuracy(snapshot, "m_1") == {"entity": "m_1", "issued": None, "metrics": {}}
 
 
+def test_the_next_nights_windows_do_not_disturb_what_is_served(store):
+    """They have other entities and metrics, and lie where those of the forecast were."""
+    before = Snapshot.load(store, NIGHT)
+    expected, near = before.history("m_4"), answers.neighbours(before, "m_3")
+    path = "windows/default/manifest.json"
+    manifest = store.read_json(path)
+    names = ["new" if name == "m_4" else name for name in manifest["groups"][0]]
+    store.write_json(path, {**manifest, "groups": [names], "metrics": ["memory"]})
+    assert before.history("m_4") is not expected
+    for mine, theirs in zip(before.history("m_4"), expected, strict=True):
+        assert np.array_equal(mine, theirs, equal_nan=True)
+    assert answers.neighbours(before, "m_3") == near
+
+    later = Snapshot.load(store, NIGHT)  # a server that starts now
+    assert len(later.history("m_4")[0]) == 0
+    times, values = later.history("m_5")
+    assert np.isnan(values[:, later.metric("cpu")]).all()
+    assert np.array_equal(
+        values[:, later.metric("memory")],
+        before.history("m_5")[1][-len(times) :, before.metric("memory")],
+        equal_nan=True,
+    )
+    assert "m_4" not in [one["entity"] for one in answers.neighbours(later, "m_3")["neighbours"]]
+    store.remove("windows")
+    assert len(Snapshot.load(store, NIGHT).history("m_5")[0]) == 0, "the forecast is served all the same"
+
+
 def test_columns_are_the_levels():
     assert [COLUMNS[column(q)] for q in QUANTILES] == [quantile_name(q) for q in QUANTILES]
     with pytest.raises(InputError, match=r"quantile: 0\.33, expected one of 0\.05"):

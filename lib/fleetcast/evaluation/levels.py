@@ -29,14 +29,19 @@ LEVELS = {1000.0: "Low", 2500.0: "Medium", 5000.0: "High", 8000.0: "Very High", 
 _OBSERVED = 0.5
 
 
+def check(manifest: Manifest) -> None:
+    """Raises InputError if the windows have no request rate."""
+    if RATE not in manifest.metrics:
+        raise InputError(f"needs a metric {RATE}, the data have {', '.join(manifest.metrics)}")
+
+
 def cluster_rate(store: Store, manifest: Manifest) -> NDArray[np.float64]:
     """[T] requests per second of all entities together: the mean of those that were observed times their
     number, NaN where most were not. One shard in memory at a time.
 
     Raises InputError if the windows have no `request_rate`.
     """
-    if RATE not in manifest.metrics:
-        raise InputError(f"expected a metric {RATE}, got {', '.join(manifest.metrics)}")
+    check(manifest)
     metric = manifest.metrics.index(RATE)
     total, seen = np.zeros(manifest.steps), np.zeros(manifest.steps)
     for shard in manifest.shards:

@@ -100,16 +100,15 @@ class Noise:
     """Degrees of freedom; 0 where nothing is known."""
 
     @classmethod
-    def of(cls, samples: Sequence[NDArray[np.float64]]) -> Noise:
-        """Of the points' values by seed. What seeds do to all points alike is taken out, unless a trial is
-        missing or there is one point only."""
-        seeds = {len(sample) for sample in samples}
+    def of(cls, samples: Sequence[NDArray[np.float64]], matched: bool) -> Noise:
+        """Of the points' values by seed. What seeds do to all points alike is taken out, if they are matched
+        and there are several points."""
         rest = [sample - sample.mean() for sample in samples]
         freedom = sum(len(sample) - 1 for sample in samples)
-        if len(seeds) == 1 and len(samples) > 1:
+        if matched and len(samples) > 1:
             common = np.mean(rest, axis=0)
             rest = [of - common for of in rest]
-            freedom = (len(samples) - 1) * (seeds.pop() - 1)
+            freedom = (len(samples) - 1) * (len(samples[0]) - 1)
         squares = sum(float((of**2).sum()) for of in rest)
         return cls((squares / freedom) ** 0.5 if freedom else np.nan, freedom)
 
@@ -130,6 +129,8 @@ class Study:
     """What the fits of all trials took together."""
     missing: Mapping[float, str]
     """Points that came to no end or that the data do not allow, and why."""
+    matched: bool = True
+    """Whether all points have the same seeds, in the same order."""
 
     def intervals(self, figure: str) -> dict[float, Interval]:
         """Point → mean and interval: Student's, with the variance that is left between seeds pooled over the
@@ -145,7 +146,7 @@ class Study:
 
     def noise(self, figure: str) -> Noise:
         """What chance makes of a point, by the seeds."""
-        return Noise.of([np.asarray(of[figure]) for of in self.values.values()])
+        return Noise.of([np.asarray(of[figure]) for of in self.values.values()], self.matched)
 
     @property
     def first(self) -> str:
@@ -177,6 +178,7 @@ class Study:
             "values": {f"{point:g}": dict(found) for point, found in self.values.items()},
             "budget": self.budget,
             "missing": {f"{point:g}": why for point, why in self.missing.items()},
+            "matched": self.matched,
             "best": f"{self.best:g}",
             "paper": f"{self.grid.claim.point:g}",
             "verdict": self.verdict,
@@ -189,7 +191,8 @@ class Study:
         values, missing = (
             {float(point): of for point, of in saved[name].items()} for name in ("values", "missing")
         )
-        return cls(grid, saved["data"], values, saved["budget"], saved["seconds"], missing)
+        told = (saved["data"], values, saved["budget"], saved["seconds"], missing, saved["matched"])
+        return cls(grid, *told)
 
 
 @dataclass(frozen=True)

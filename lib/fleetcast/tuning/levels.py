@@ -19,12 +19,6 @@ from fleetcast.tuning.options import TuneOptions
 _FILE = "levels.json"
 
 
-def check(data: Data) -> None:
-    """Raises InputError if the data have no request rate."""
-    if levels.RATE not in data.manifest.metrics:
-        raise InputError(f"needs a metric {levels.RATE}, the data have {', '.join(data.manifest.metrics)}")
-
-
 def run(results: Store, data: Data, plan: Sequence[Trial], options: TuneOptions) -> None:
     """Scores the models of complete trials at each level, where that is not there yet."""
 

@@ -14,6 +14,7 @@ from fleetcast.backtesting.data import Data
 from fleetcast.backtesting.plan import Rung, Trial
 from fleetcast.errors import InputError
 from fleetcast.evaluation import metrics, sensitivity
+from fleetcast.evaluation.levels import check as check_rate
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.sensitivity import Grid, Study
 from fleetcast.models import configure
@@ -109,7 +110,7 @@ def _point_data(store: Store, options: TuneOptions, grid: Grid, value: float, wh
         return _cut(store, options, grid, value)
     assert whole is not None, "a grid of the model's options takes the windows as they are"
     if grids.splits_targets(grid):
-        levels.check(whole)
+        check_rate(whole.manifest)
     return whole
 
 
@@ -152,6 +153,7 @@ def _study(
     """What the trials of a grid found; None if none came to its end."""
     grid, values = grids.GRIDS[name], {}
     fits: dict[str, float] = {}
+    matched = True
     for point in points:
         complete = [one for one in point.trials if found.exists(f"{one.folder}/{MANIFEST}")]
         if not complete:
@@ -161,6 +163,7 @@ def _study(
         if not all(of.n.any() for of in scores):
             missing = missing | {point.value: "no target of the test part is of such a time"}
             continue
+        matched &= len(complete) == len(point.trials)
         by_seed = [_figures(of, point.data) for of in scores]
         values[point.value] = {figure: [of[figure] for of in by_seed] for figure in grid.figures}
         fits |= {
@@ -169,7 +172,7 @@ def _study(
     if not values:
         return None
     seconds = sum(fits.values())
-    return Study(grid, points[0].data.name, values, _budget(grid, options), seconds, missing)
+    return Study(grid, points[0].data.name, values, _budget(grid, options), seconds, missing, matched)
 
 
 def _scores(found: Store, one: Trial, point: Point, grid: Grid) -> Scores:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import IO
 
@@ -90,23 +91,26 @@ def name(service: int) -> str:
 
 
 def write_services(options: SynthesizeOptions, file: IO[bytes]) -> int:
-    """Writes services.parquet, day by day; returns its rows."""
-    rows = 0
-    with pq.ParquetWriter(file, _SERVICES) as writer:
-        for day in range(options.days):
-            table = _services(options, day)
-            writer.write_table(table)
-            rows += len(table)
-    return rows
+    """Writes services.parquet; returns its rows."""
+    return _write(options, file, _SERVICES, _services)
 
 
 def write_calls(options: SynthesizeOptions, file: IO[bytes]) -> int:
-    """Writes calls.parquet, day by day: each service's requests, shared by those that it depends on; returns
-    its rows."""
+    """Writes calls.parquet, each service's requests shared by those that it depends on; returns its rows."""
+    return _write(options, file, _CALLS, _calls)
+
+
+def _write(
+    options: SynthesizeOptions,
+    file: IO[bytes],
+    schema: pa.Schema,
+    make: Callable[[SynthesizeOptions, int], pa.Table],
+) -> int:
+    """Day by day, so that one day is in memory."""
     rows = 0
-    with pq.ParquetWriter(file, _CALLS) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         for day in range(options.days):
-            table = _calls(options, day)
+            table = make(options, day)
             writer.write_table(table)
             rows += len(table)
     return rows
