@@ -118,7 +118,7 @@ def test_required_replicas_follow_from_the_capacity_that_is_stated(client):
 
 WRONG = [
     ("GET", "/v1/forecasts/nobody", None, 404, None, "nobody: no such machine"),
-    ("GET", "/v1/totals?metric=cpu&service=x", None, 404, None, "service x, parent None: there is no entity"),
+    ("GET", "/v1/totals?metric=cpu&service=x", None, 404, None, "service x: there is no such machine"),
     ("GET", "/v1/nothing", None, 404, None, "Not Found"),
     ("GET", "/v1/forecasts/m_1?metric=x", None, 422, "metric", "x, expected one of cpu, memory"),
     ("GET", "/v1/forecasts/m_1?hours=-1", None, 422, "hours", "greater than 0, got '-1'"),

@@ -186,10 +186,13 @@ def test_unknown_entities_beyond_the_most_are_not_kept(live):
     ("asked", "message"),
     [
         (Asked(("nobody",)), "entities: nobody is not known and has no telemetry"),
-        (Asked(("m_1",), origin=0), "origin: expected a time within 4 steps before and 24 after"),
+        (
+            Asked(("m_1",), origin=0),
+            "origin: 1970-01-01T00:00:00Z, expected a time within 4 steps before and 24 after",
+        ),
         (
             Asked(("m_1",), (Points("m_1", np.array([1515196800]), {"x": np.array([1.0])}),)),
-            "telemetry: x is not a metric of the model",
+            "telemetry: 1 values cannot be used: x is not a metric of the model",
         ),
     ],
 )

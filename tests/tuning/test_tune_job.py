@@ -192,6 +192,16 @@ def test_a_trial_may_be_two_ddp_workers_which_take_the_steps_of_one_with_both_ba
     assert len(list((tmp_path / "curves" / "trials").rglob("events.*"))) == 2, "one for each trial"
 
 
+def test_why_a_trial_failed_is_one_line(tmp_path, ray_cluster):
+    (tmp_path / "file").write_text("no folder")
+    given = options(tmp_path, grid="heads", points=(1,), seeds=1, tensorboard=str(tmp_path / "file"))
+    with pytest.raises(InputError) as failure:
+        tune(Store(str(tmp_path / "store")), given)
+    words = str(failure.value)
+    assert words.startswith("tune default: no trial came to its end: [Errno 20] Not a directory: ")
+    assert "\n" not in words
+
+
 def test_losses_by_epoch_are_there_for_tensorboard(tmp_path, ray_cluster):
     from tensorboardX.proto.event_pb2 import Event
 

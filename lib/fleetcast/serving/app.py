@@ -108,10 +108,12 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def checked(args: dict[str, Any]) -> ServeOptions:
-    """Options from `args`. Raises InputError naming a wrong one."""
+    """Options from `args`. Raises InputError naming each wrong one."""
     try:
         return ServeOptions(**args)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise InputError(f"args.{name}: {first['msg']}, got {first.get('input')!r}") from error
+        wrong = (
+            f"args.{'.'.join(map(str, one['loc']))}: {one['msg']}, got {one['input']!r}"
+            for one in error.errors()
+        )
+        raise InputError("; ".join(wrong)) from error

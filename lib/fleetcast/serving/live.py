@@ -309,9 +309,9 @@ class Live:
             name: self.unknown[name].copy() for name in own.union(one.entities) if name in self.unknown
         }
         _, rejected = self._add(one.points, tracks, unknown)
-        for reason in rejected:
+        for reason, count in rejected.items():
             if reason != _OLD:
-                return InputError(f"telemetry: {reason}")
+                return InputError(f"telemetry: {count} values cannot be used: {reason}")
         missing = [name for name in one.entities if name not in self._places and name not in unknown]
         if missing:
             return InputError(f"entities: {missing[0]} is not known and has no telemetry")
@@ -325,7 +325,7 @@ class Live:
             if not max(ends.values()) - _SLACK <= end <= max(ends.values()) + self.data.horizon:
                 newest = self.data.start + self.data.step * max(ends.values())
                 return InputError(
-                    f"origin: expected a time within {_SLACK} steps before and {self.data.horizon} after the "
+                    f"origin: {np.datetime64(one.origin, 's')}Z, expected a time within {_SLACK} steps before and {self.data.horizon} after the "
                     f"newest observation, which ends at {np.datetime64(newest, 's')}Z"
                 )
         work: dict[_Key, Track] = {}

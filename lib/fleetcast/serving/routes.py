@@ -135,7 +135,9 @@ def add_routes(api: FastAPI, service: Service) -> None:
             return reply(answers.total(s, clock, metric, None))
         places = s.members(service, parent)
         if not places:
-            raise HTTPException(404, f"service {service}, parent {parent}: there is no entity of it")
+            asked = {"service": service, "parent": parent}
+            words = " and ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
+            raise HTTPException(404, f"{words}: there is no such {s.manifest['level']}")
         return reply(answers.total(s, clock, metric, places))
 
     @api.post("/v1/totals", response_model=schemas.Total, tags=["cluster"])

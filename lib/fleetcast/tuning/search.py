@@ -220,7 +220,7 @@ def _read(found: Any) -> Try:
     reports = found.metrics_dataframe
     # A try that failed before its first epoch has reported nothing.
     history = [] if reports is None or _LOSS not in reports else reports[_LOSS].tolist()
-    failure = "" if found.error is None else _reason(found.error)
+    failure = "" if found.error is None else trials.reason(found.error)
     return Try(
         settings=dict(found.config),
         loss=np.inf if failure else float(metrics.get(_LOSS, np.inf)),
@@ -228,9 +228,3 @@ def _read(found: Any) -> Try:
         history=[float(loss) for loss in history],
         failure=failure,
     )
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what a worker said."""
-    *_, last = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
-    return last

@@ -51,8 +51,15 @@ def run(
         if not results.exists(f"{one.folder}/{MANIFEST}"):
             error = grid[place].error
             metrics = grid[place].metrics or {}
-            reasons[one.folder] = str(metrics.get("stopped") or error or "its process was killed")
+            failed = None if error is None else reason(error)
+            reasons[one.folder] = metrics.get("stopped") or failed or "its process was killed"
     return reasons
+
+
+def reason(error: Exception) -> str:
+    """The last line of what a worker said."""
+    *_, last = str(getattr(error, "cause", None) or error).strip().splitlines() or [type(error).__name__]
+    return last
 
 
 def _tuner(
