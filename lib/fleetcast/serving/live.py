@@ -324,9 +324,10 @@ class Live:
             end = -(-(one.origin - self.data.start) // self.data.step)
             if not max(ends.values()) - _SLACK <= end <= max(ends.values()) + self.data.horizon:
                 newest = self.data.start + self.data.step * max(ends.values())
+                asked, known = (f"{np.datetime64(time, 's')}Z" for time in (one.origin, newest))
                 return InputError(
-                    f"origin: {np.datetime64(one.origin, 's')}Z, expected a time within {_SLACK} steps before and {self.data.horizon} after the "
-                    f"newest observation, which ends at {np.datetime64(newest, 's')}Z"
+                    f"origin: {asked}, expected a time within {_SLACK} steps before and {self.data.horizon} "
+                    f"after the newest observation, which ends at {known}"
                 )
         work: dict[_Key, Track] = {}
         where = []
