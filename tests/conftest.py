@@ -26,6 +26,7 @@ from fleetcast.store import MANIFEST, Store
 from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
+from object_store import ObjectStore, serve
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700
@@ -169,6 +170,13 @@ def dependencies(edges: Iterable[Edge]) -> pl.DataFrame:
         "weight": pl.Float32,
     }
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    """One S3 server for all tests that need it; each keeps to a prefix of its own."""
+    with serve(tmp_path_factory.mktemp("s3")) as place:
+        yield place
 
 
 @pytest.fixture(scope="session")
