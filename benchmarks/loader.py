@@ -23,6 +23,7 @@ from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.build import (
     Grid,
+    Places,
     RowGroup,
     build_shard,
     split_dependencies,
@@ -216,12 +217,12 @@ def _dataset(store: Store, config: Config, gaps: float) -> Manifest:
         train=draft.boundaries[0],
         kinds=("call",),
     )
-    units = pl.DataFrame({"entity": list(names), "group": [0] * n, "index": range(n)})
-    split_telemetry(store, "telemetry.parquet", "values.parquet", units, grid)
-    split_dependencies(store, "edges.parquet", "links.parquet", units, grid)
+    places = Places.of(draft, pl.DataFrame({"entity": names, "unit": names}))
+    split_telemetry(store, "telemetry.parquet", "values.arrow", places, grid)
+    split_dependencies(store, "edges.parquet", "links.arrow", places, grid)
     shard = draft.shards[0]
-    parts = ([RowGroup("values.parquet", 0)], [RowGroup("links.parquet", 0)])
-    summary = summarise([build_shard(store, grid, shard, names, *parts, (shard.path, shard.edges))], [0])
+    parts = ([RowGroup("values.arrow", 0)], [RowGroup("links.arrow", 0)])
+    summary = summarise([build_shard(store, grid, shard, names, (), *parts, (shard.path, shard.edges))], [0])
     return draft.model_copy(update={"scaler": summary.scaler})
 
 
@@ -243,6 +244,7 @@ def _draft(config: Config, metrics: tuple[str, ...], steps: int) -> Manifest:
         slice=_SLICE,
         boundaries=manifests.boundaries(steps, (0.6, 0.2, 0.2), config.history, config.horizon),
         groups=(tuple(f"m_{i}" for i in range(config.entities)),),
+        borders=((),),
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),

@@ -140,7 +140,9 @@ def _fit(run: Run, model: Fitted, save: Callable[[Run, dict[str, float]], None])
     started = time.monotonic()
 
     def batches(part: Part) -> Iterator[Batch]:
-        return run.shards.batches(order.evaluation(run.shards.manifest, part, run.options.batch_size))
+        plan = order.evaluation(run.shards.manifest, part, run.options.batch_size)
+        for batch in run.shards.batches(plan):
+            yield batch.alone()  # of a border there is nothing to learn twice
 
     model.fit(partial(batches, "train"), partial(batches, "val"))
     val_loss = validate(run)
