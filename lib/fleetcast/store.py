@@ -202,10 +202,13 @@ class Store:
         stale = [name for name in self.list(folder) if name not in kept]
         if self.exists(f"{folder}/{MANIFEST}"):
             self.fs.rm(self.path(folder, MANIFEST))
-        for name in sorted(files, key=lambda n: n.endswith(MANIFEST)):
-            self.fs.copy(self.path(name), self.path(folder + name[len(staging) :]))
-        for name in stale:
-            self.fs.rm(self.path(name))
+        last = f"{staging}/{MANIFEST}"
+        for names in ([name for name in files if name != last], [last]):
+            # Lists, which an object store copies many at a time.
+            moved = [self.path(folder + name[len(staging) :]) for name in names]
+            self.fs.copy([self.path(name) for name in names], moved)
+        if stale:
+            self.fs.rm([self.path(name) for name in stale])
         self.remove(staging)
 
     # -- other libraries -----------------------------------------------------------------------------------
