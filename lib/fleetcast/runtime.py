@@ -39,7 +39,7 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent where it is told to be
 }
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
     # Blocks of raw rows come and go; huge pages that are kept for a while spare a sixth of ingest's time.
     "_RJEM_MALLOC_CONF": "thp:always,dirty_decay_ms:10000,muzzy_decay_ms:10000",
@@ -119,7 +119,7 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
         **connection,
         log_to_driver=everything,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     try:
         yield
@@ -182,9 +182,9 @@ class PeakMemory:
         return int(psutil.Process().memory_info().rss)
 
 
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder on the local disk of this node that goes away with the block."""
-    return tempfile.TemporaryDirectory(prefix="fleetcast-")
+def scratch(place: str | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the local disk of this node, below `place` if given, that goes away with the block."""
+    return tempfile.TemporaryDirectory(prefix="fleetcast-", dir=place)
 
 
 def spread(
