@@ -130,9 +130,13 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
 @contextmanager
 def worker_logs() -> Iterator[Any]:
     """A queue to give to Ray workers for `log_to`; what they log there appears in this process's log."""
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # Beside the driver, so that no other node takes the log with it when it dies.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     listener = logging.handlers.QueueListener(queue, *log.handlers)
     listener.start()
     try:
