@@ -1,5 +1,5 @@
-"""A cluster of four Ray nodes whose only common place is S3: nodes die in the middle of every stage, and so does
-the driver, and what is published equals the undisturbed run's to the bit."""
+"""A cluster of four Ray nodes whose only common place is S3: nodes die in the middle of stages, and so does the
+driver, and what is published equals the undisturbed run's to the bit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Nodes:
         self.cluster.add_node(num_cpus=1, object_store_memory=200 << 20)
 
     def kill_one_that_runs(self, what: str, job: Job) -> str:
-        """SIGKILL to all processes of a worker, as soon as one of them runs `what`; returns which that was."""
+        """SIGKILL to all processes of a worker as soon as one of them runs `what`; returns its name."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             assert job.process.poll() is None, f"the job ended before a node ran {what}\n{job.text()}"
@@ -158,7 +158,7 @@ def undisturbed(start: Callable[[str], Job]) -> dict:
 
 
 def results(object_store: ObjectStore, name: str) -> dict[str, pl.DataFrame]:
-    """Everything that a store has to show: what was read, what was refused, what is forecast, how good it was."""
+    """Everything that a store has to show: what was read, what is forecast, how good it was."""
     fs = object_store.fs()
 
     def table(pattern: str) -> pl.DataFrame:
