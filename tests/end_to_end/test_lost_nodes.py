@@ -1,4 +1,4 @@
-"""A cluster of four Ray nodes whose only common place is S3: nodes die in the middle of stages, and so does the
+"""A cluster of four Ray nodes whose only common place is S3: nodes die in the middle of stages, so does the
 driver, and what is published equals the undisturbed run's to the bit."""
 
 from __future__ import annotations
