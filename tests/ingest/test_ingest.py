@@ -267,7 +267,6 @@ def test_more_files_add_only_what_is_new_and_equal_all_at_once(raw, tmp_path, in
     for name in ("machine_usage-2.csv", "container_meta.csv"):
         (raw / name).rename(later / name)
     store, _ = ingested(raw, tmp_path / "store")
-    receipts = set(store.list("ingested/chunks"))
     first_day = [path for path in store.list("telemetry") if "2018-01-01" in path]
     stamps = [store.fs.modified(store.path(path)) for path in first_day]
 
@@ -275,9 +274,9 @@ def test_more_files_add_only_what_is_new_and_equal_all_at_once(raw, tmp_path, in
     for name in ("machine_usage-2.csv", "container_meta.csv"):
         (later / name).rename(raw / name)
     _, added = ingested(raw, tmp_path / "store")
-    assert len(set(store.list("ingested/chunks")) - receipts) == 2
-    # two chunks; the third day; entities; the dependencies of all days, for containers now join machines
-    assert tasks.done - done == 2 + 1 + 1 + 3
+    # two chunks and what they say of entities; the third day; entities; the placements of containers; the
+    # dependencies of all days, for containers now join machines
+    assert tasks.done - done == 2 + 1 + 1 + 1 + 1 + 3
     assert [store.fs.modified(store.path(path)) for path in first_day] == stamps
     assert same(contents(store, table), contents(whole, table))
     assert counts(added) == counts(figures)
@@ -343,7 +342,7 @@ def test_another_chunk_size_changes_nothing(raw, tmp_path, ingested, table, monk
     assert counts(figures) == counts(expected)
 
 
-@pytest.mark.parametrize("done", [0, 3, 7, 9, 11, 14])
+@pytest.mark.parametrize("done", [0, 3, 7, 8, 9, 12, 13, 14, 16])
 def test_a_job_that_died_is_run_again_and_gives_the_same(raw, tmp_path, ingested, tasks, table, done):
     whole, expected = ingested(raw, tmp_path / "whole")
     tasks.done, tasks.dies_after = 0, done
@@ -353,7 +352,8 @@ def test_a_job_that_died_is_run_again_and_gives_the_same(raw, tmp_path, ingested
     assert not store.exists(f"telemetry/{MANIFEST}")
     tasks.done, tasks.dies_after = 0, None
     _, figures = ingested(raw, tmp_path / "store")
-    assert tasks.done == 15 - done  # 7 chunks, 4 parts of telemetry, entities, 3 days of dependencies
+    # 7 chunks, what they say of entities, 4 parts of telemetry, entities, placements, 3 days of dependencies
+    assert tasks.done == 17 - done
     assert same(contents(store, table), contents(whole, table))
     assert counts(figures) == counts(expected)
 
@@ -368,10 +368,9 @@ def test_only_what_is_missing_is_built_again(raw, tmp_path, ingested, tasks, tab
     assert counts(figures) == counts(first)
 
     store.remove(f"telemetry/{MANIFEST}")
-    store.remove(store.list("ingested/chunks")[0])
     store.remove(store.list("telemetry", ".parquet")[0])
     ingested(raw, tmp_path / "store")
-    assert tasks.done == done + 2
+    assert tasks.done == done + 1
     assert same(contents(store, table), before)
 
 
@@ -405,7 +404,7 @@ def test_over_the_share_of_bad_rows_nothing_is_published_but_the_rows_are_kept(
     done = tasks.done
     _, figures = ingested(tmp_path / "raw", tmp_path / "store", max_rejected_share=0.02)
     assert sum(figures["rows_rejected"]["machine_usage"].values()) == 2
-    assert tasks.done - done == 3  # the chunk is not read again
+    assert tasks.done - done == 4  # the chunk is not read again
 
 
 def test_over_the_share_in_new_files_what_was_published_stays(raw, tmp_path, ingested, table):
@@ -497,7 +496,7 @@ def edges(frame: pl.DataFrame, kind: str) -> dict[tuple[int, str, str], float]:
     }
 
 
-def test_machines_and_containers_keep_their_capacity_parent_and_service(tmp_path, put, ingested, table):
+def test_entities_keep_their_capacity_parent_service_and_last_telemetry(tmp_path, put, ingested, table):
     put(tmp_path / "raw" / "machine_usage.csv", machine_rows("m_1"))
     put(tmp_path / "raw" / "machine_meta.csv", b"m_1,0,a,b,96,100,USING\nm_2,0,a,b,64,50,USING\n")
     put(
@@ -508,12 +507,12 @@ def test_machines_and_containers_keep_their_capacity_parent_and_service(tmp_path
     put(tmp_path / "raw" / "container_usage.csv", b"c_1,m_2,90000,50,50,1,1,1,1,1,1\n")
     store, _ = ingested(tmp_path / "raw", tmp_path / "store")
     assert table(store, "entities").sort("kind", "entity").rows() == [
-        ("c_1", "container", "m_2", "app_1", 8.0, 1.5, True),
-        ("c_2", "container", "m_1", "app_2", 4.0, 3.0, False),
-        ("m_1", "machine", None, None, 96.0, 100.0, True),
-        ("m_2", "machine", None, None, 64.0, 50.0, False),
-        ("app_1", "service", None, None, None, None, True),
-        ("app_2", "service", None, None, None, None, False),
+        ("c_1", "container", "m_2", "app_1", 8.0, 1.5, True, ZERO + timedelta(seconds=90_000)),
+        ("c_2", "container", "m_1", "app_2", 4.0, 3.0, False, None),
+        ("m_1", "machine", None, None, 96.0, 100.0, True, ZERO + timedelta(days=1)),
+        ("m_2", "machine", None, None, 64.0, 50.0, False, None),
+        ("app_1", "service", None, None, None, None, True, ZERO + timedelta(seconds=90_000)),
+        ("app_2", "service", None, None, None, None, False, None),
     ]
 
 
