@@ -32,7 +32,7 @@ def place_containers(store: Store, folder: str, days: list[dict[str, Any]], befo
     for item in days:
         parts = parts_of(store, "hosted", f"date={item['day']}", item["readings"])
         frames = [rows for rows in (held, read_parts(store, "hosted", parts)) if rows is not None]
-        rows = pl.concat(frames).unique().sort(_ORDER).select(_ORDER)
+        rows = pl.concat([frame.select(_ORDER) for frame in frames]).unique().sort(_ORDER)
         with store.write(f"{folder}/date={item['day']}.parquet") as file:
             rows.write_parquet(file, compression="zstd")
         digests.append(hashlib.blake2b(rows.write_csv().encode(), digest_size=8).hexdigest())
@@ -47,7 +47,7 @@ def _placed(store: Store, folder: str, day: str) -> pl.DataFrame:
 
 def _ended(rows: pl.DataFrame) -> pl.DataFrame:
     """The last row of each container, if it runs."""
-    return rows.group_by("container", maintain_order=True).last().filter("running").select(_ORDER)
+    return rows.group_by("container", maintain_order=True).last().filter("running")
 
 
 def combine_dependencies(

@@ -112,11 +112,9 @@ def _units(store: Store, options: ShardOptions, telemetry: dict[str, Any]) -> pl
             raise InputError(f"--entities {options.entities}: expected at most the {len(names)} there are")
         drawn = np.random.default_rng(_DRAW).permutation(len(names))[: options.entities]
         names = [names[place] for place in np.sort(drawn)]
-    groups = (
-        [names]
-        if len(names) <= options.group_size
-        else cut.cut(names, _graph(store, telemetry), options.group_size)
-    )
+    groups = [names]
+    if len(names) > options.group_size:
+        groups = cut.cut(names, _graph(store, telemetry), options.group_size)
     places = pl.DataFrame(
         [(name, group, index) for group, members in enumerate(groups) for index, name in enumerate(members)],
         schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
