@@ -82,8 +82,8 @@ class Cluster:
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    """Every file of a store."""
-    return {path: store.read_bytes(path) for path in store.list("") if path != "store.json"}
+    """Every file that others read: telemetry, entities, dependencies, windows and their manifests."""
+    return {path: store.read_bytes(path) for path in store.list("") if not path.startswith("ingested/")}
 
 
 def date(day: int) -> str:
@@ -215,6 +215,9 @@ def test_what_a_run_that_never_ended_has_left_does_not_count(tasks):
     fresh = Cluster().pass_days(12)
     fresh.night()
     assert contents(cluster.store) == contents(fresh.store)
+    assert cluster.store.list("ingested") == [
+        path.replace(fresh.place, cluster.place) for path in fresh.store.list("ingested")
+    ]
 
 
 def test_new_rows_of_old_days_reach_the_days_that_they_matter_to(cluster):

@@ -460,6 +460,38 @@ def test_a_store_has_one_step_start_and_number_of_buckets(raw, tmp_path, ingeste
         ingested(raw, tmp_path / "store", **{option: value})
 
 
+def test_a_new_store_has_buckets_for_the_size_of_its_raw_rows_and_keeps_them(
+    tmp_path, put, ingested, monkeypatch
+):
+    rows = put(tmp_path / "raw" / "machine_usage-0.csv", lines(usage(4, 1)))
+    monkeypatch.setattr(run, "_BUCKET_BYTES", rows.stat().st_size // 3)
+    store, _ = ingested(tmp_path / "raw", tmp_path / "store")
+    buckets = store.read_json(f"telemetry/{MANIFEST}")["settings"]["buckets"]
+    assert buckets == 3
+    put(tmp_path / "raw" / "machine_usage-1.csv", lines(usage(40, 2, seed=1)))
+    ingested(tmp_path / "raw", tmp_path / "store")
+    ingested(tmp_path / "raw", tmp_path / "store", buckets=3)
+    assert {path[-10:-8] for path in store.list("telemetry", ".parquet")} == {"00", "01", "02"}
+    with pytest.raises(InputError, match=r"--buckets 2: the store .* was ingested with 3"):
+        ingested(tmp_path / "raw", tmp_path / "store", buckets=2)
+
+
+def test_compressed_raw_rows_count_five_times(tmp_path, put, ingested, monkeypatch):
+    rows = put(tmp_path / "raw" / "machine_usage.csv.gz", lines(usage(4, 1)))
+    monkeypatch.setattr(run, "_BUCKET_BYTES", rows.stat().st_size)
+    store, _ = ingested(tmp_path / "raw", tmp_path / "store")
+    assert store.read_json(f"telemetry/{MANIFEST}")["settings"]["buckets"] == 5
+
+
+def test_what_an_earlier_version_has_ingested_is_refused(raw, tmp_path, ingested):
+    store, _ = ingested(raw, tmp_path / "store")
+    state = store.read_json("ingested/manifest.json")
+    del state["read"]
+    store.write_json("ingested/manifest.json", state)
+    with pytest.raises(InputError, match="was ingested by an earlier version; ingest into another store"):
+        ingested(raw, tmp_path / "store")
+
+
 def test_a_folder_of_other_things_is_no_store(raw, tmp_path, ingested):
     with pytest.raises(InputError, match=r"the folder holds other files and no store.json"):
         ingested(raw, raw)

@@ -102,7 +102,8 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     receipts = _map(store, pieces, options)
     mapped = time.monotonic()
     kept = {file.key: accepted.read[file.key] for file in files if file.key in accepted.read}
-    state = state.model_copy(update={"read": kept | _by_file(pieces, receipts)})
+    read = kept | _by_file(pieces, receipts)
+    state = state.model_copy(update={"read": dict(sorted(read.items()))})
     figures = _count(list(state.read.values()))
     _check_rejected(figures, options.max_rejected_share)
     described = _merge_entities(store, accepted, state)
