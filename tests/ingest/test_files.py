@@ -188,4 +188,4 @@ def test_a_file_that_vanished_is_named(put):
     (file,) = discover(str(path), TABLES)
     path.unlink()
     with pytest.raises(InputError, match=r"machine_usage.csv: the file vanished while it was read"):
-        list(blocks(Chunk(file=file, start=0, stop=file.size)))
+        list(blocks(Chunk(file=file, start=0, stop=file.size, width=file.size)))

@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import fsspec
 
@@ -38,6 +38,8 @@ class RawFile(Options):
     size: int
     key: str
     """Fingerprint of the content."""
+    stamp: str | None = None
+    """What a listing of its folder says that changes when the file is written anew; None if nothing does."""
 
 
 class Chunk(Options):
@@ -46,18 +48,27 @@ class Chunk(Options):
     file: RawFile
     start: int
     stop: int
+    width: int
+    """The size of chunk that was asked for."""
+
+    @property
+    def reading(self) -> str:
+        """What all chunks of a file have in common that was cut in one way; a content may be cut in another
+        way by another run, and what came of it must not count twice."""
+        return f"{self.file.key}-{self.width}"
 
     @property
     def id(self) -> str:
-        """Unique over all contents and ranges; the prefix of everything that the chunk's task writes."""
-        return f"{self.file.key}-{self.start}+{self.stop - self.start}"
+        """Unique over all readings and ranges; the prefix of everything that the chunk's task writes."""
+        return f"{self.reading}-{self.start}+{self.stop - self.start}"
 
 
-def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
+def discover(source: str, tables: Iterable[str], known: Iterable[RawFile] = ()) -> list[RawFile]:
     """The files of a source (a folder, a file or `s3://…`) that belong to a table, in order of their names.
 
-    A file belongs to the table whose name its own begins with, or that its folder is called. Raises
-    InputError if there is no such file, or one is empty.
+    A file belongs to the table whose name its own begins with, or that its folder is called. A `known` one is
+    not opened again if the listing says that it is still the same. Raises InputError if there is no such
+    file, or one is empty.
     """
     tables = sorted(tables, key=len, reverse=True)
     try:
@@ -65,27 +76,41 @@ def discover(source: str, tables: Iterable[str]) -> list[RawFile]:
     except (ValueError, ImportError) as error:
         raise InputError(f"--source {source}: expected a folder, a file or s3://… ({error})") from error
     root = root.rstrip("/")
+    fs.invalidate_cache()
     if not fs.exists(root):
         raise InputError(f"--source {source}: no such file or folder")
-    paths = [root] if fs.isfile(root) else sorted(fs.find(root))
+    paths = {root: fs.info(root)} if fs.isfile(root) else fs.find(root, detail=True)
+    before = {file.uri: file for file in known}
     files = []
-    for path in paths:
+    for path, info in sorted(paths.items()):
         name = path[len(root) + 1 :] or path.rsplit("/", 1)[-1]
         table = _table_of(path, tables)
         if table is None or not path.endswith(_FORMATS):
             log.warning("%s: not a file of a known table, left out", path)
             continue
-        size = int(fs.size(path))
+        uri, size, stamp = fs.unstrip_protocol(path), int(info["size"]), _stamp(info)
         if size == 0:
             raise InputError(f"{path}: the file is empty, expected rows of {table}")
-        key = content_key(fs, path, size)
-        files.append(RawFile(uri=fs.unstrip_protocol(path), name=name, table=table, size=size, key=key))
+        same = before.get(uri)
+        if same is not None and stamp is not None and (same.size, same.stamp) == (size, stamp):
+            key = same.key
+        else:
+            key = content_key(fs, path, size)
+        files.append(RawFile(uri=uri, name=name, table=table, size=size, key=key, stamp=stamp))
     if not files:
         raise InputError(
             f"--source {source}: no file of a known table; expected names that begin with "
             f"{', '.join(sorted(tables))} and end in {', '.join(_FORMATS)}"
         )
     return files
+
+
+def _stamp(info: dict[str, Any]) -> str | None:
+    """S3 lists an ETag; on a local disk the times of the last write and of the last change of any kind, which
+    nobody can set, tell."""
+    if "ETag" in info:
+        return str(info["ETag"])
+    return f"{info['mtime']} {info['created']}" if {"mtime", "created"} <= info.keys() else None
 
 
 def _table_of(path: str, tables: list[str]) -> str | None:
@@ -102,7 +127,7 @@ def chunks(files: list[RawFile], chunk_bytes: int) -> list[Chunk]:
     for file in files:
         width = chunk_bytes if file.name.endswith(".csv") else file.size
         parts += [
-            Chunk(file=file, start=start, stop=min(start + width, file.size))
+            Chunk(file=file, start=start, stop=min(start + width, file.size), width=chunk_bytes)
             for start in range(0, file.size, width)
         ]
     return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -49,8 +50,9 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
         log.info("shard: windows/%s is complete", options.windows)
         return {**_figures(Manifest(**saved)), "skipped": True}
 
+    telemetry = _last(telemetry, options)
     work = f"_work/windows/{options.windows}-{digest}"
-    units = _units(store, options, work)
+    units = _units(store, options, telemetry)
     draft = _draft(telemetry, options, units, digest)
     grid = Grid.of(draft, options.dependencies)
     receipts = _build(store, work, telemetry, options, draft, grid, units)
@@ -75,11 +77,31 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
+def _last(telemetry: dict[str, Any], options: ShardOptions) -> dict[str, Any]:
+    """The telemetry's manifest as if there were no more than the span that is wanted."""
+    kind, base = _SOURCE_KIND[options.level], telemetry["settings"]["step"]
+    if options.span is None or kind not in telemetry["spans"]:
+        return telemetry
+    span = telemetry["spans"][kind]
+    start = span["first"] // options.step * options.step
+    surplus = (span["last"] + base - start) // options.step - options.span // options.step
+    if surplus <= 0:
+        return telemetry
+    start += surplus * options.step
+    # A window at the start has the edges of the last slice that had ended: it begins up to two before.
+    since = {"telemetry": start, "dependencies": start - 2 * telemetry["settings"]["slice"]}
+    days = {noun: f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}" for noun, at in since.items()}
+    files = [path for path in telemetry["files"] if path.split("/")[1] >= days[path.split("/")[0]]]
+    return {**telemetry, "spans": {kind: {**span, "first": start}}, "files": files}
+
+
+def _units(store: Store, options: ShardOptions, telemetry: dict[str, Any]) -> pl.DataFrame:
     """`entity` of the telemetry → `unit` that is forecast, and its `group` and `index` there."""
     entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
     kind = _SOURCE_KIND[options.level]
     measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
+    if options.span is not None and kind in telemetry["spans"]:
+        measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
     unit = pl.col("service") if options.level == "service" else pl.col("entity")
     named = measured.select("entity", unit=unit).drop_nulls()
     if named.is_empty():
@@ -90,9 +112,9 @@ def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
             raise InputError(f"--entities {options.entities}: expected at most the {len(names)} there are")
         drawn = np.random.default_rng(_DRAW).permutation(len(names))[: options.entities]
         names = [names[place] for place in np.sort(drawn)]
-    groups = (
-        [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
-    )
+    groups = [names]
+    if len(names) > options.group_size:
+        groups = cut.cut(names, _graph(store, telemetry), options.group_size)
     places = pl.DataFrame(
         [(name, group, index) for group, members in enumerate(groups) for index, name in enumerate(members)],
         schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
@@ -101,10 +123,10 @@ def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
     return named.join(places, on="unit")
 
 
-def _graph(store: Store) -> pl.DataFrame:
+def _graph(store: Store, telemetry: dict[str, Any]) -> pl.DataFrame:
     """All dependencies summed over time: as many rows as there are pairs."""
     total: pl.DataFrame | None = None
-    for path in store.list("dependencies", ".parquet"):
+    for path in (path for path in telemetry["files"] if path.startswith("dependencies/")):
         day: Any = pl.from_arrow(store.read_table(path, columns=["source", "target", "weight"]))
         day = day.with_columns(pl.col("source", "target").cast(pl.String))
         both = day if total is None else pl.concat([total, day])
@@ -219,7 +241,7 @@ def _build(
         by = split_dependencies if item["source"].startswith("dependencies/") else split_telemetry
         return by(store, item["source"], item["target"], units, grid)
 
-    receipts = make(store, plan, split, f"{work}/receipts", "shard: split by group")
+    receipts = make(store, plan, split, f"{work}/receipts/split", "shard: split by group")
     where: dict[tuple[str, int], list[RowGroup]] = defaultdict(list)
     for path, receipt in sorted(receipts.items()):
         what = "edges" if "/split/dependencies/" in path else "values"
@@ -257,7 +279,7 @@ def _build(
         )
         return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.groups[part.group])}
 
-    return list(make(store, shards, build, f"{work}/receipts", "shard: shards").values())
+    return list(make(store, shards, build, f"{work}/receipts/shards", "shard: shards").values())
 
 
 def _date(draft: Manifest, step: int) -> str:

@@ -100,6 +100,7 @@ def _describe(
             "windows": manifest.name,
             "level": manifest.level,
             "step": manifest.step,
+            "end": manifest.start + manifest.step * manifest.steps,
             "scaler": manifest.scaler.model_dump(mode="json"),
             "seasonal_error": list(manifest.seasonal_error),
             "options": trained.options,
