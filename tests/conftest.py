@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 
@@ -26,7 +27,7 @@ from fleetcast.store import MANIFEST, Store
 from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
-from object_store import ObjectStore, serve
+from object_store import BUCKET, ObjectStore, serve
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700
@@ -177,6 +178,21 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     """One S3 server for all tests that need it; each keeps to a prefix of its own."""
     with serve(tmp_path_factory.mktemp("s3")) as place:
         yield place
+
+
+@pytest.fixture
+def on_s3(object_store, monkeypatch) -> Callable[[Store], Store]:
+    """`on_s3(store)` → the files of a local store on the S3 server, under a prefix of their own."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def copy(local: Store) -> Store:
+        there = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+        for name in local.list(""):
+            there.fs.put_file(local.path(name), there.path(name))
+        return there
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def _summary(trained: Trained, evaluation: Evaluation) -> dict[str, Any]:
         "validation_error": {r: scaled_mae(f) for r, f in evaluation.validation.items()},
         "test_error": test,
         "coverage": coverage,
+        "wait_share": trained.progress.wait_share,
         "peak_bytes": max(trained.peak_bytes, evaluation.peak_bytes),
     }
 
