@@ -14,6 +14,7 @@ from datetime import date, timedelta
 from typing import Any
 
 from fleetcast.errors import InputError
+from fleetcast.ingest.archives import drop_other_indexes, index_archives
 from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk
 from fleetcast.ingest.dependencies import combine_dependencies
 from fleetcast.ingest.files import Chunk, RawFile, chunks, discover
@@ -49,7 +50,8 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
         return {**store.read_json(f"telemetry/{MANIFEST}")["figures"], "skipped": True}
 
     started = time.monotonic()
-    pieces = chunks(files, options.chunk_mb << 20)
+    chunk_bytes = options.chunk_mb << 20
+    pieces = chunks(files, chunk_bytes, index_archives(store, files, chunk_bytes))
     receipts = _map(store, pieces, options)
     mapped = time.monotonic()
     figures = _count(receipts)
@@ -58,6 +60,7 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     # From here until its manifest is back, the telemetry is between two states and nobody reads it.
     store.remove(f"telemetry/{MANIFEST}")
     parts = _current_parts(store, {piece.id for piece in pieces})
+    drop_other_indexes(store, files)
     outputs = _build_telemetry(store, options, parts)
     combined = time.monotonic()
     outputs |= _build_dependencies(store, options, parts, outputs)
