@@ -52,7 +52,7 @@ def main(config: Config) -> None:
         root = Path(folder)
         options = SynthesizeOptions(machines=config.machines, container_interval=60, job_interval=600)
         synthesize(options, Store(str(root / "raw")))
-        pieces = chunks(discover(str(root / "raw"), TRACES["alibaba-2018"].tables), 64 << 20)
+        pieces = chunks(discover(str(root / "raw"), TRACES["alibaba-2018"].tables), 64 << 20, {})
         with ProcessPoolExecutor(config.num_cpus, get_context("spawn"), _environment) as pool:
             contenders = {
                 "plain processes": partial(_plain, root, pool, pieces),

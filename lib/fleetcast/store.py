@@ -49,10 +49,9 @@ def fingerprint(value: Any) -> str:
 def content_key(fs: Any, path: str, size: int) -> str:
     """A short digest of a file's content, from its size, head and tail."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with fs.open(path, "rb") as file:
-        digest.update(file.read(_KEY_BYTES))
-        file.seek(max(0, size - _KEY_BYTES))
-        digest.update(file.read(_KEY_BYTES))
+    head = fs.cat_file(path, end=_KEY_BYTES)  # a range: an opened file would read far ahead
+    digest.update(head)
+    digest.update(head if size <= _KEY_BYTES else fs.cat_file(path, start=size - _KEY_BYTES, end=size))
     return digest.hexdigest()
 
 

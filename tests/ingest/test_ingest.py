@@ -161,7 +161,7 @@ def test_counts_and_bins_agree_with_pandas_on_every_kind_of_bad_row(tmp_path, pu
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "tar.gz"])
 def test_a_rejected_row_is_found_again_by_its_offset(tmp_path, put, ingested, table, monkeypatch, form):
     monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(run, "chunks", lambda found, _: files.chunks(found, 3001))
+    monkeypatch.setattr(run, "chunks", lambda found, *_: files.chunks(found, 3001, {}))
     content = mixed()
     put(tmp_path / "raw" / f"machine_usage.{form}", content)
     store, _ = ingested(tmp_path / "raw", tmp_path / "store")
@@ -189,7 +189,7 @@ def test_telemetry_does_not_depend_on_how_the_rows_are_cut(tmp_path, put, ingest
     assert telemetry("many", "b").equals(whole)
     assert telemetry("reversed", "c", buckets=4).equals(whole)
     monkeypatch.setattr(files, "BLOCK_BYTES", 500)
-    monkeypatch.setattr(run, "chunks", lambda found, _: files.chunks(found, 4000))
+    monkeypatch.setattr(run, "chunks", lambda found, *_: files.chunks(found, 4000, {}))
     assert telemetry("one", "d").equals(whole)
     assert telemetry("many", "e", buckets=4).equals(whole)
 
@@ -333,7 +333,7 @@ def test_another_chunk_size_changes_nothing(raw, tmp_path, ingested, table, monk
     """What an earlier run read in other chunks is not taken for these."""
     whole, expected = ingested(raw, tmp_path / "whole")
     with monkeypatch.context() as small:
-        small.setattr(run, "chunks", lambda found, _: files.chunks(found, 3000))
+        small.setattr(run, "chunks", lambda found, *_: files.chunks(found, 3000, {}))
         ingested(raw, tmp_path / "store")
     (raw / "machine_usage-3.csv").write_bytes(b"m_0,200000,1,2,3,4,5,6,7\n")
     store, figures = ingested(raw, tmp_path / "store")

@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 
 from fleetcast.errors import InputError
-from fleetcast.ingest.files import Chunk, blocks
+from fleetcast.ingest import archives, files
+from fleetcast.ingest.files import Chunk
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
 from fleetcast.traces import TRACES
@@ -52,10 +53,11 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     source = (table.name, chunk.file.name, chunk.id)
     assert options.buckets is not None, "chosen when the store was made"
     writer = PartWriter(store, (PARTS, "rejected"), source, options.buckets)
-    rows = 0
+    rows = size = 0
     reasons: Counter[str] = Counter()
     nulled: Counter[str] = Counter()
-    for offset, block in blocks(chunk):
+    for offset, block in archives.blocks(store, chunk) if chunk.csv else files.blocks(chunk):
+        size += len(block)
         parsed = parse(block, table)
         rows += parsed.rows
         nulled.update(parsed.invalid)
@@ -71,7 +73,7 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     receipt = {
         "table": table.name,
         "rows": rows,
-        "bytes": chunk.stop - chunk.start,
+        "bytes": size,
         "rejected": dict(reasons),
         "nulled": dict(nulled),
         **_written(writer),

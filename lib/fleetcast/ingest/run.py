@@ -18,6 +18,7 @@ from pydantic import Field
 
 from fleetcast.config import Options
 from fleetcast.errors import InputError
+from fleetcast.ingest.archives import drop_other_indexes, index_archives
 from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk, parts_of, reading_of
 from fleetcast.ingest.dependencies import combine_dependencies, place_containers
 from fleetcast.ingest.files import Chunk, RawFile, chunks, discover
@@ -94,7 +95,8 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
         return {**store.read_json(f"telemetry/{MANIFEST}")["figures"], "skipped": True}
 
     started = time.monotonic()
-    pieces = chunks(new, options.chunk_mb << 20)
+    chunk_bytes = options.chunk_mb << 20
+    pieces = chunks(new, chunk_bytes, index_archives(store, new, chunk_bytes))
     stray = {*accepted.stray, *(piece.reading for piece in pieces)}
     begun = accepted.model_copy(update={"settings": state.settings, "stray": tuple(sorted(stray))})
     if begun != accepted:
@@ -437,6 +439,7 @@ def _clean_up(store: Store, state: Accepted) -> None:
     """What only a job that is under way needs; and what files that were replaced, or runs that died and never
     went on, have left behind. The latter are searched for among all parts, but only where there are some."""
     store.remove(RECEIPTS)
+    drop_other_indexes(store, state.files)
     for path in store.list(_ENTITIES):
         if path != state.entities:
             store.remove(path)
