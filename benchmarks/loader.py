@@ -23,6 +23,7 @@ from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.build import (
     Grid,
+    Places,
     RowGroup,
     build_shard,
     split_dependencies,
@@ -188,11 +189,11 @@ def dataset(store: Store, shape: LoaderOptions, gaps: float, groups: int = 1) ->
     for shard in draft.shards:
         names = draft.groups[shard.group]
         _write(store, rng, draft, names, gaps)
-        units = pl.DataFrame({"entity": list(names), "group": [0] * len(names), "index": range(len(names))})
-        split_telemetry(store, "telemetry.parquet", "values.parquet", units, grid)
-        split_dependencies(store, "edges.parquet", "links.parquet", units, grid)
-        parts = ([RowGroup("values.parquet", 0)], [RowGroup("links.parquet", 0)])
-        statistics.append(build_shard(store, grid, shard, names, *parts, (shard.path, shard.edges)))
+        places = Places.of(draft, pl.DataFrame({"entity": names, "unit": names}))
+        split_telemetry(store, "telemetry.parquet", "values.arrow", places, grid)
+        split_dependencies(store, "edges.parquet", "links.arrow", places, grid)
+        parts = ([RowGroup("values.arrow", 0)], [RowGroup("links.arrow", 0)])
+        statistics.append(build_shard(store, grid, shard, names, (), *parts, (shard.path, shard.edges)))
     summary = summarise(statistics, list(range(groups)))
     return draft.model_copy(update={"scaler": summary.scaler})
 
@@ -241,6 +242,7 @@ def _draft(shape: LoaderOptions, groups: int) -> Manifest:
         slice=_SLICE,
         boundaries=manifests.boundaries(steps, (0.6, 0.2, 0.2), shape.history, shape.horizon),
         groups=tuple(tuple(f"m_{g}_{i}" for i in range(shape.entities)) for g in range(groups)),
+        borders=((),) * groups,
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),

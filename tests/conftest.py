@@ -45,6 +45,7 @@ def plan() -> Callable[..., Manifest]:
         steps: int,
         groups: Iterable[Iterable[str]] = (("e0", "e1"),),
         *,
+        borders: Iterable[Iterable[str]] | None = None,
         width: int | None = None,
         history: int = 6,
         horizon: int = 4,
@@ -54,6 +55,7 @@ def plan() -> Callable[..., Manifest]:
         split: tuple[float, float, float] = (0.6, 0.2, 0.2),
     ) -> Manifest:
         groups = tuple(tuple(group) for group in groups)
+        borders = tuple(tuple(border) for border in borders or [()] * len(groups))
         halo = manifest.context(history, lags, max_gap)
         shards = tuple(
             Shard(
@@ -83,6 +85,7 @@ def plan() -> Callable[..., Manifest]:
             slice=3600,
             boundaries=manifest.boundaries(steps, split, history, horizon),
             groups=groups,
+            borders=borders,
             scaler=Scaler(mean=(0,) * len(metrics), std=(1,) * len(metrics)),
             seasonal_error=(),
             observed=(),
@@ -112,23 +115,19 @@ def dataset(tmp_path, plan) -> Callable[..., tuple[Store, Manifest]]:
         store.write_table("dependencies.parquet", dependencies(edges).to_arrow())
 
         grid = build.Grid.of(draft, schemas.DEPENDENCY_KINDS)
-        units = pl.DataFrame(
-            [(name, g, i) for g, group in enumerate(draft.groups) for i, name in enumerate(group)],
-            schema={"entity": pl.String, "group": pl.Int32, "index": pl.Int32},
-            orient="row",
-        )
-        rows = build.split_telemetry(store, "telemetry.parquet", "rows.parquet", units, grid)["groups"]
-        links = build.split_dependencies(store, "dependencies.parquet", "links.parquet", units, grid)[
-            "groups"
-        ]
+        units = pl.DataFrame({"entity": draft.names, "unit": draft.names})
+        places = build.Places.of(draft, units)
+        rows = build.split_telemetry(store, "telemetry.parquet", "rows.arrow", places, grid)["groups"]
+        links = build.split_dependencies(store, "dependencies.parquet", "links.arrow", places, grid)["groups"]
         statistics = [
             build.build_shard(
                 store,
                 grid,
                 shard,
                 draft.groups[shard.group],
-                [build.RowGroup("rows.parquet", i) for i, group in enumerate(rows) if group == shard.group],
-                [build.RowGroup("links.parquet", i) for i, group in enumerate(links) if group == shard.group],
+                draft.borders[shard.group],
+                [build.RowGroup("rows.arrow", i) for i, group in enumerate(rows) if group == shard.group],
+                [build.RowGroup("links.arrow", i) for i, group in enumerate(links) if group == shard.group],
                 (shard.path, shard.edges),
             )
             for shard in draft.shards

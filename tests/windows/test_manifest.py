@@ -78,7 +78,7 @@ def test_a_dataset_of_another_format_is_refused(dataset):
     }
     store.write_json("windows/test/manifest.json", old)
     with pytest.raises(
-        InputError, match=r"windows/test: written in format 0 by 'fleetcast 0\.0'.*expects format 2"
+        InputError, match=r"windows/test: written in format 0 by 'fleetcast 0\.0'.*expects format 3"
     ):
         manifest.load(store, "test")
 

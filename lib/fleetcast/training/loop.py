@@ -175,7 +175,9 @@ def _fit(run: Run, model: Fitted, save: Callable[[Run, dict[str, float]], None])
     started, run.waited = time.monotonic(), 0.0
 
     def batches(part: Part) -> Iterator[Batch]:
-        return run.batches(order.evaluation(run.shards.manifest, part, run.options.batch_size))
+        plan = order.evaluation(run.shards.manifest, part, run.options.batch_size)
+        for batch in run.batches(plan):
+            yield batch.alone()  # of a border there is nothing to learn twice
 
     model.fit(partial(batches, "train"), partial(batches, "val"))
     val_loss = validate(run)
