@@ -42,7 +42,7 @@ class NightlyShardOptions(ShardOptions):
 
     span: Seconds | None = Field(_EIGHT_WEEKS, ge=1)
     """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
-    there is telemetry of in them; all of it if null."""
+    there is telemetry of in them; all of it if None."""
 
 
 class NightlyOptions(Options):
