@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# Before polars and Ray are imported: tests have few cores and want no noise. Keys of S3 are those of the server
-# for tests, where Ray's processes find them too, and nobody's own.
+# Before polars and Ray are imported: tests have few cores and want no noise. Keys of S3 are those of the
+# server for tests, where Ray's processes find them too, and nobody's own.
 os.environ |= {
     "AWS_SHARED_CREDENTIALS_FILE": f"{tempfile.gettempdir()}/fleetcast-keys-{os.getpid()}",
     "AWS_CONFIG_FILE": os.devnull,
@@ -192,17 +192,21 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
         keys.unlink()
 
 
-@pytest.fixture
-def use_s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`use_s3(endpoint_url=…, …)`: for the test, `s3://` is reached so; else the server with all rights."""
+@pytest.fixture(scope="module")
+def use_s3(object_store: ObjectStore) -> Iterator[Callable[..., S3Options]]:
+    """`use_s3(endpoint_url=…, …)`: `s3://` is reached so from now on; without options the server with all rights.
+    Returns the options."""
+    with pytest.MonkeyPatch.context() as patch:
 
-    def use(**options: Any) -> None:
-        monkeypatch.setitem(fsspec.config.conf, "s3", {})
-        given = {"endpoint_url": object_store.endpoint, "region": "us-east-1", "profile": "fleet"}
-        reach(S3Options(**given | options))
+        def use(**options: Any) -> S3Options:
+            patch.setitem(fsspec.config.conf, "s3", {})
+            given = {"endpoint_url": object_store.endpoint, "region": "us-east-1", "profile": "fleet"}
+            made = S3Options(**given | options)
+            reach(made)
+            return made
 
-    use()
-    return use
+        use()
+        yield use
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,7 @@ def _told(error: Exception, place: str, attempts: int) -> OSError:
     ):
         return OSError(errno.EACCES, f"{why}; {_KEYS}", place)
     if isinstance(error, ReadTimeoutError | asyncio.TimeoutError):
-        return OSError(errno.ETIMEDOUT, f"the server stopped answering, in {times} ({why})", place)
+        return OSError(errno.EIO, f"the server stopped answering, in {times} ({why})", place)
     if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
         expected = "expected an S3 server there (--s3.endpoint-url, AWS_ENDPOINT_URL)"
         return OSError(errno.EHOSTUNREACH, f"{why}, in {times}; {expected}", place)

@@ -19,7 +19,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -180,6 +180,12 @@ class Store:
         # Some object stores find a folder in which nothing is left as if it were a file.
         names = (n[start:] for n in self.fs.find(self.path(folder)) if n != self.path(folder).rstrip("/"))
         return sorted(n for n in names if n.endswith(suffix) and not Path(n).name.startswith(".tmp-"))
+
+    def has(self, files: Iterable[str]) -> bool:
+        """Whether all of these files are there; their folders are listed, the files are not asked for."""
+        files = set(files)
+        folders = {name.split("/", 1)[0] for name in files}
+        return files.issubset(name for folder in folders for name in self.list(folder))
 
     def remove(self, relative: str) -> None:
         """Deletes a file or a whole folder; nothing if there is none."""

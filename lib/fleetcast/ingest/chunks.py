@@ -60,6 +60,7 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
         "bytes": chunk.stop - chunk.start,
         "rejected": dict(reasons),
         "nulled": dict(nulled),
+        "files": dict(writer.written),
     }
     store.write_json(receipt_file, receipt)
     return receipt

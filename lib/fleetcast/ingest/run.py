@@ -44,9 +44,10 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     accepted = _accepted(store, settings)
     files = _with_new([RawFile(**file) for file in accepted["files"]], found)
     state = {"settings": settings, "files": [file.model_dump() for file in files]}
-    if state == accepted and store.exists(f"telemetry/{MANIFEST}"):
+    published = store.read_json(f"telemetry/{MANIFEST}")
+    if state == accepted and published is not None and store.has(published["files"]):
         log.info("ingest: nothing new in %s", source)
-        return {**store.read_json(f"telemetry/{MANIFEST}")["figures"], "skipped": True}
+        return {**published["figures"], "skipped": True}
 
     started = time.monotonic()
     pieces = chunks(files, options.chunk_mb << 20)
@@ -124,16 +125,31 @@ def _with_new(accepted: list[RawFile], found: list[RawFile]) -> list[RawFile]:
 
 
 def _map(store: Store, pieces: list[Chunk], options: IngestOptions) -> list[dict[str, Any]]:
-    complete = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in store.list(RECEIPTS, ".json")}
-    new = [piece for piece in pieces if piece.id not in complete]
-    log.info("ingest: %d chunks to read, %d complete", len(new), len(pieces) - len(new))
+    there = {name.rsplit("/", 1)[-1].removesuffix(".json") for name in store.list(RECEIPTS, ".json")}
+    receipts = {p.id: store.read_json(f"{RECEIPTS}/{p.id}.json") for p in pieces if p.id in there}
+    for lost in _without_files(store, receipts):
+        log.warning("ingest: files of %s/%s.json are missing, the chunk is read again", RECEIPTS, lost)
+        store.remove(f"{RECEIPTS}/{lost}.json")
+        del receipts[lost]
+    new = [piece for piece in pieces if piece.id not in receipts]
+    log.info("ingest: %d chunks to read, %d complete", len(new), len(receipts))
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
         return ingest_chunk(store, Chunk(**item), options)
 
-    fresh = spread([piece.model_dump() for piece in new], work, "ingest: chunks")
-    old = [store.read_json(f"{RECEIPTS}/{piece.id}.json") for piece in pieces if piece.id in complete]
-    return fresh + old
+    return spread([piece.model_dump() for piece in new], work, "ingest: chunks") + list(receipts.values())
+
+
+def _without_files(store: Store, receipts: dict[str, dict[str, Any]]) -> list[str]:
+    """Chunks whose parts or rejected rows are not all in the store any more."""
+    if not receipts:
+        return []
+    there = Counter(path.rsplit("-", 1)[0] for path in [*store.list(PARTS), *store.list("rejected")])
+    return [
+        chunk
+        for chunk, receipt in receipts.items()
+        if any(there[f"{folder}/{chunk}"] < count for folder, count in receipt.get("files", {}).items())
+    ]
 
 
 def _count(receipts: list[dict[str, Any]]) -> dict[str, Any]:
