@@ -58,7 +58,8 @@ class S3FileSystem(s3fs.S3FileSystem):
 
     async def _call_s3(self, method: str, *more: dict[str, Any], **arguments: Any) -> _Answer:
         """One request, tried as often as is wanted."""
-        place = "/".join(str(arguments[name]) for name in ("Bucket", "Key") if arguments.get(name))
+        named = (str(arguments[name]) for name in ("Bucket", "Key", "Prefix") if arguments.get(name))
+        place = "/".join(named).rstrip("/")
         try:
             await self.set_session()
             call = getattr(await self.get_s3(arguments.get("Bucket")), method)

@@ -267,14 +267,13 @@ class Store:
             else:
                 Path(self.path(staging)).rename(target)
             return
-        manifest = f"{staging}/{MANIFEST}"
-        files = [name for name in self.list(staging) if name != manifest]
+        files = self.list(staging)
         self.remove(f"{folder}/{MANIFEST}")
         self.remove(folder)
-        self.fs.copy(
-            [self.path(name) for name in files], [self.path(folder + n[len(staging) :]) for n in files]
-        )
-        self.fs.copy(self.path(manifest), self.path(folder, MANIFEST))
+        for last in (False, True):
+            part = [name for name in files if (name == f"{staging}/{MANIFEST}") == last]
+            to = [self.path(folder + name[len(staging) :]) for name in part]
+            self.fs.copy([self.path(name) for name in part], to)
         self.remove(staging)
 
     # -- other libraries -----------------------------------------------------------------------------------
