@@ -11,11 +11,15 @@ from fleetcast.errors import InputError
 from fleetcast.store import FORMAT, MANIFEST, Store, fingerprint
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path) -> Iterator[Store]:
-    """On a local folder, and on a file system without renames, as object stores are."""
+    """On a local folder, on a file system without renames, and on a real object store."""
     if request.param == "local":
         yield Store(str(tmp_path / "store"))
+        return
+    if request.param == "s3":
+        request.getfixturevalue("use_s3")()
+        yield Store(f"s3://fleet/{tmp_path.name}")
         return
     yield Store("memory://bucket/store")
     fsspec.filesystem("memory").rm("/bucket", recursive=True)

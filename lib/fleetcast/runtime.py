@@ -24,7 +24,8 @@ from typing import Any, NoReturn, TypeVar
 import psutil
 
 from fleetcast.config import BaseJobConfig, parse
-from fleetcast.errors import InputError
+from fleetcast.errors import InputError, in_one_line
+from fleetcast.store import s3_settings, use_s3
 
 log = logging.getLogger("fleetcast")
 
@@ -61,14 +62,16 @@ def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]
         log.error("%s", error)
         _finish({"job": name, "ok": False, "error": str(error)}, 2)
     try:
+        use_s3(config.s3)
         with ray_session(config.num_cpus, everything=config.log_level.upper() == "DEBUG"):
             figures = main(config)
-    except InputError as error:
-        log.error("%s", error)
-        _finish({"job": name, "ok": False, "error": str(error)}, 1)
     except KeyboardInterrupt:
         _finish({"job": name, "ok": False, "error": "interrupted"}, 1)
     except Exception as error:  # the last line is JSON even where the fault is ours
+        if (told := in_one_line(error)) is not None:
+            log.debug("%s failed", name, exc_info=True)
+            log.error("%s", told)
+            _finish({"job": name, "ok": False, "error": told}, 1)
         log.exception("%s failed", name)
         _finish({"job": name, "ok": False, "error": f"{type(error).__name__}: {error}"}, 1)
     _finish({"job": name, "ok": True, **figures, "seconds": round(time.monotonic() - started, 2)}, 0)
@@ -198,7 +201,8 @@ def spread(
 
     Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain
     `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of
-    `measure`. All items are tried; then InputError is raised with what went wrong, if anything did.
+    `measure`. All items are tried; then InputError is raised with what went wrong, if anything did: input
+    that cannot be used, files and objects that cannot be read or written.
     """
     import ray.data
 
@@ -208,13 +212,16 @@ def spread(
     if not items:
         return []
 
+    s3 = s3_settings()
+
     def task(batch: dict[str, Any]) -> dict[str, list[str]]:
+        use_s3(s3)
         index, item = json.loads(batch["item"][0])
         started, peak = time.monotonic(), PeakMemory()
         try:
             receipt = work(item)
-        except InputError as error:
-            receipt = {"error": str(error)}
+        except (InputError, OSError) as error:
+            receipt = {"error": in_one_line(error)}
         receipt |= {"seconds": time.monotonic() - started, "peak_bytes": peak.bytes()}
         return {"receipt": [json.dumps([index, receipt])]}
 
@@ -270,9 +277,12 @@ def tasks(
     if not any(_has(node, cpus, gpus) for node in ray.nodes()):
         log.warning("%s: no node has %g CPUs and %g GPUs; waiting for one that has", what, cpus, gpus)
 
+    s3 = s3_settings()
+
     # Tried again here: Ray would retry for ever what it kills for memory.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def task(item: Any, queue: Any) -> Any:
+        use_s3(s3)
         sender = log_to(queue, name(item))
         try:
             return work(item)

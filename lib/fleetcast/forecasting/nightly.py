@@ -13,7 +13,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from fleetcast.config import Options, Seconds
-from fleetcast.errors import InputError
+from fleetcast.errors import InputError, in_one_line
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration
 from fleetcast.evaluation.report import NightlyReport, ladder_table, render, text_table
@@ -124,6 +124,7 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
         lambda f: f"{f['entities']} entities, {f['shards']} shards",
     )
     failure: Exception | None = None
+    told: str | None = None
     try:
         stages.run(
             "train",
@@ -133,13 +134,14 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
     except Exception as error:
         if not store.exists(SELECTED):
             raise
-        log.exception("training failed; the model selected before forecasts")
-        failure = error
+        failure, told = error, in_one_line(error)
+        log.error("training failed; the model selected before forecasts", exc_info=told is None)
     stages.run("forecast", lambda: forecast(store, forecast_options), lambda f: f"{f['rows']:,} rows")
     page = write_report(store, options.shard.windows, stages)
     if failure is not None:
-        raise RuntimeError(
-            f"training failed ({failure}); the forecast is of the model selected before"
+        whose = InputError if told else RuntimeError
+        raise whose(
+            f"training failed ({told or failure}); the forecast is of the model selected before"
         ) from failure
     return {
         "forecast": stages.figures["forecast"]["forecast"],

@@ -50,7 +50,7 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
         raise InputError(f"{store.uri}: telemetry is not complete; run ingest (again)")
     digest = fingerprint([telemetry["fingerprint"], options.model_dump(mode="json")])
     saved = store.read_json(f"windows/{options.windows}/{MANIFEST}")
-    if saved is not None and saved.get("fingerprint") == digest:
+    if saved is not None and saved.get("fingerprint") == digest and _is_whole(store, saved):
         log.info("shard: windows/%s is complete", options.windows)
         return {**_figures(Manifest(**saved)), "skipped": True}
 
@@ -68,6 +68,10 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     store.remove(work)
     peak = max((receipt.get("peak_bytes", 0) for receipt in receipts), default=0)
     return {**_figures(finished), "peak_bytes": peak, "skipped": False}
+
+
+def _is_whole(store: Store, saved: dict[str, Any]) -> bool:
+    return store.has(path for part in Manifest(**saved).shards for path in (part.path, part.edges))
 
 
 def _figures(manifest: Manifest) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class PartWriter:
         self.pending: dict[str, list[pl.DataFrame]] = {}
         self.held = 0
         self.written: Counter[str] = Counter()
+        """Files in each folder."""
 
     def add(self, product: str, frame: pl.DataFrame) -> None:
         """Takes partial rows of a product."""
