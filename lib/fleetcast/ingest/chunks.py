@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -31,11 +31,22 @@ def reading_of(path: str) -> str:
     return "-".join(path.rsplit("/", 1)[-1].split("-")[:2])
 
 
-def parts_of(store: Store, product: str, place: str, readings: Collection[str]) -> list[str]:
-    """The parts of a product below `date=…` or `date=…/bucket=…` that came of some readings. Others may lie
-    there, of files that were replaced or of runs that died."""
-    found = store.list(f"{PARTS}/{product}/{place}", ".parquet")
-    return [path for path in found if reading_of(path) in readings]
+def parts_of(store: Store, product: str, place: str, readings: Mapping[str, int]) -> list[str]:
+    """The parts of a product below `date=…` or `date=…/bucket=…` that came of some readings, each of which
+    has so many there. Others may lie there, of files that were replaced or of runs that died.
+
+    Raises InputError if one has another number of parts: rows would be missing.
+    """
+    folder = f"{PARTS}/{product}/{place}"
+    found = [path for path in store.list(folder, ".parquet") if reading_of(path) in readings]
+    there = Counter(map(reading_of, found))
+    for reading, count in readings.items():
+        if there[reading] != count:
+            raise InputError(
+                f"{store.uri}/{folder}: {there[reading]} parts of {reading}, expected {count}; "
+                "some were lost since they were written"
+            )
+    return found
 
 
 def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str, Any]:
@@ -83,14 +94,13 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
 
 
 def _written(writer: PartWriter) -> dict[str, Any]:
-    """Where parts are: the `days` of each product that has them, and the `whole` names of those without."""
-    days: dict[str, set[str]] = {}
-    whole: dict[str, list[str]] = {}
-    for folder, count in writer.written.items():
+    """How many parts are in each of the `places` that have a date, and the names of the `whole` others."""
+    places: dict[str, int] = {}
+    whole: list[str] = []
+    for folder, count in sorted(writer.written.items()):
         if folder.startswith(f"{PARTS}/"):
-            product, place = folder.removeprefix(f"{PARTS}/").split("/", 1)
-            if place.startswith("date="):
-                days.setdefault(product, set()).add(place.split("/")[0].removeprefix("date="))
+            if "/date=" in folder:
+                places[folder.removeprefix(f"{PARTS}/")] = count
             else:
-                whole[product] = [f"{folder}/{writer.id}-{number:03d}.parquet" for number in range(count)]
-    return {"days": {product: sorted(found) for product, found in sorted(days.items())}, "whole": whole}
+                whole += [f"{folder}/{writer.id}-{number:03d}.parquet" for number in range(count)]
+    return {"places": places, "whole": whole}

@@ -23,9 +23,9 @@ _ORDER = ("container", "start", "running", "machine", "service")
 def place_containers(store: Store, folder: str, days: list[dict[str, Any]], before: str | None) -> list[str]:
     """Day after day, the rows that say where containers ran on it: `<folder>/date=….parquet`.
 
-    These are the rows of the day (`days` has each `day` and its `readings`) and, of each container, the last
-    one before it; `before` is the day whose file says that of the first. So no day needs more than its own
-    rows and the day before. Returns a digest of what each file says.
+    These are the rows of the day (`days` has each `day` and the number of parts of its `readings`) and, of
+    each container, the last one before it; `before` is the day whose file says that of the first. So no day
+    needs more than its own rows and the day before. Returns a digest of what each file says.
     """
     held = None if before is None else _ended(_placed(store, folder, before))
     digests = []

@@ -28,7 +28,8 @@ def make(
     saved: dict[str, dict[str, Any]] = store.read_json(finished) or {}
     under_way = {path[len(receipts) + 1 : -len(".json")]: path for path in store.list(receipts, ".json")}
     known = saved | {target: store.read_json(path) for target, path in under_way.items() if target in plan}
-    there = set(store.list(os.path.commonpath(plan))) if known and plan else set()
+    folder = os.path.commonpath([target.rpartition("/")[0] for target in plan]) if plan else ""
+    there = set(store.list(folder)) if known and plan else set()
     outputs: dict[str, dict[str, Any]] = {}
     stale = []
     for target, item in plan.items():

@@ -43,8 +43,8 @@ _SETTINGS = ("trace", "start", "step", "slice", "neighbours", "buckets")
 _BUCKET_BYTES = 10 * 10**9
 _PACKED = 5
 
-#: Product → day → the readings (`Chunk.reading`) that have rows there.
-Days = dict[str, dict[str, list[str]]]
+#: Product → day → bucket → how many parts the readings (`Chunk.reading`) with rows there have.
+Days = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 
 class Read(Options):
@@ -56,7 +56,8 @@ class Read(Options):
     bytes: int
     rejected: dict[str, int]
     nulled: dict[str, int]
-    days: dict[str, tuple[str, ...]]
+    places: dict[str, int]
+    """`product/date=…/bucket=…` → how many parts are there."""
     whole: tuple[str, ...]
     """Parts that describe entities."""
 
@@ -88,11 +89,13 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     files = _with_new(list(accepted.files), found)
     new = [file for file in files if file.key not in accepted.read]
     state = accepted.model_copy(update={"settings": _settings(options), "files": tuple(files)})
-    if not new and len(files) == len(accepted.read) and store.exists(f"telemetry/{MANIFEST}"):
+    published = store.read_json(f"telemetry/{MANIFEST}")
+    complete = published is not None and store.has(published["files"])
+    if not new and len(files) == len(accepted.read) and complete:
         log.info("ingest: nothing new in %s", source)
         if state != accepted:  # other names or stamps
             _write(store, state)
-        return {**store.read_json(f"telemetry/{MANIFEST}")["figures"], "skipped": True}
+        return {**published["figures"], "skipped": True}
 
     started = time.monotonic()
     chunk_bytes = options.chunk_mb << 20
@@ -116,15 +119,19 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     # From here until its manifest is back, the telemetry is between two states and nobody reads it.
     store.remove(f"telemetry/{MANIFEST}")
     days = _days(state)
-    outputs = _build_telemetry(store, options, days)
-    _build_entities(store, options, described)
-    combined = time.monotonic()
-    outputs |= _build_dependencies(store, options, days, outputs)
+    try:
+        outputs = _build_telemetry(store, options, days)
+        _build_entities(store, options, described)
+        combined = time.monotonic()
+        outputs |= _build_dependencies(store, options, days, outputs)
+    except InputError as error:
+        if not _forget_lost(store, state):
+            raise
+        log.warning("ingest: %s; their raw files are read again", error)
+        return ingest(store, source, options)
     finished = time.monotonic()
     _drop_unplanned(store, set(outputs))
-    kinds = {
-        kind: [r for path, r in outputs.items() if f"/{kind}-" in path and r["rows"]] for kind in TELEMETRY
-    }
+    kinds = {kind: [r for path, r in outputs.items() if f"/{kind}-" in path] for kind in TELEMETRY}
     figures["bins"] = {kind: sum(r["rows"] for r in made) for kind, made in kinds.items() if made}
     figures["dependencies"] = _sum_counters(r["edges"] for r in outputs.values() if "edges" in r)
     figures["peak_bytes"] = max(r.get("peak_bytes", 0) for r in [*receipts, *outputs.values()])
@@ -222,31 +229,50 @@ def _by_file(pieces: list[Chunk], receipts: list[dict[str, Any]]) -> dict[str, R
                 "bytes": 0,
                 "rejected": Counter(),
                 "nulled": Counter(),
-                "days": defaultdict(set),
+                "places": Counter(),
                 "whole": [],
             },
         )
         for name in ("rows", "bytes"):
             total[name] += receipt[name]
-        for name in ("rejected", "nulled"):
+        for name in ("rejected", "nulled", "places"):
             total[name].update(receipt[name])
-        for product, days in receipt["days"].items():
-            total["days"][product].update(days)
-        total["whole"] += receipt["whole"].get("entities", [])
-    return {
-        key: Read(**total | {"days": {product: sorted(days) for product, days in total["days"].items()}})
-        for key, total in found.items()
-    }
+        total["whole"] += receipt["whole"]
+    return {key: Read(**total) for key, total in found.items()}
 
 
 def _days(state: Accepted) -> Days:
     """Where the accepted files have rows."""
-    days: Days = defaultdict(lambda: defaultdict(list))
+    days: Days = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for read in sorted(state.read.values(), key=lambda read: read.reading):
-        for product, found in read.days.items():
-            for day in found:
-                days[product][day].append(read.reading)
+        for place, count in read.places.items():
+            product, day, bucket = place.split("/")
+            days[product][day.removeprefix("date=")][bucket][read.reading] = count
     return days
+
+
+def _of_day(days: Days, product: str, day: str) -> dict[str, int]:
+    """How many parts each reading has in all buckets of a day."""
+    total: Counter[str] = Counter()
+    for readings in days[product].get(day, {}).values():
+        total.update(readings)
+    return dict(total)
+
+
+def _forget_lost(store: Store, state: Accepted) -> bool:
+    """Takes back the acceptance of files whose parts are not all there; whether there were any."""
+    expected = {
+        (read.reading, place): count for read in state.read.values() for place, count in read.places.items()
+    }
+    there = Counter(
+        (reading_of(path), path.removeprefix(f"{PARTS}/").rsplit("/", 1)[0]) for path in store.list(PARTS)
+    )
+    lost = {reading for (reading, place), count in expected.items() if there[reading, place] != count}
+    if lost:
+        whole = {key: read for key, read in state.read.items() if read.reading not in lost}
+        _write(store, state.model_copy(update={"read": whole}))
+        store.remove(RECEIPTS)
+    return bool(lost)
 
 
 # -- the map side ----------------------------------------------------------------------------------------
@@ -320,17 +346,16 @@ def _merge_entities(store: Store, accepted: Accepted, state: Accepted) -> str | 
 
 def _build_telemetry(store: Store, options: IngestOptions, days: Days) -> dict[str, dict[str, Any]]:
     """Builds the days that are stale; returns the receipts of all, by path."""
-    assert options.buckets is not None, "chosen when the store was made"
     metrics = TRACES[options.trace].metrics
     plan = {
-        f"telemetry/date={day}/{kind}-{bucket:02d}.parquet": {
+        f"telemetry/date={day}/{kind}-{bucket.removeprefix('bucket=')}.parquet": {
             "kind": kind,
-            "place": f"date={day}/bucket={bucket:02d}",
+            "place": f"date={day}/{bucket}",
             "readings": readings,
         }
         for kind in TELEMETRY
-        for day, readings in sorted(days[kind].items())
-        for bucket in range(options.buckets)
+        for day, buckets in sorted(days[kind].items())
+        for bucket, readings in sorted(buckets.items())
     }
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
@@ -375,7 +400,7 @@ def _place_containers(store: Store, days: Days) -> dict[str, str]:
     digest = ""
     for day in sorted({*days["hosted"], *days["machine"]}):
         if first <= day <= last:
-            plan[day] = digest = fingerprint([digest, days["hosted"].get(day, [])])
+            plan[day] = digest = fingerprint([digest, _of_day(days, "hosted", day)])
     saved: dict[str, list[str]] = store.read_json(f"{_PLACEMENTS}.json") or {}
     current = [day for day in plan if day in saved and saved[day][0] == plan[day]]
     if len(current) == len(plan) == len(saved):
@@ -385,7 +410,7 @@ def _place_containers(store: Store, days: Days) -> dict[str, str]:
     store.write_json(f"{_PLACEMENTS}.json", known)  # what follows is not whole until it is written again
     stale = [day for day in plan if day not in known]
     item = {
-        "days": [{"day": day, "readings": days["hosted"].get(day, [])} for day in stale],
+        "days": [{"day": day, "readings": _of_day(days, "hosted", day)} for day in stale],
         "before": max(known, default=None),
     }
 
@@ -417,7 +442,9 @@ def _dependency_plan(
     for day in sorted(machines):
         yesterday = str(date.fromisoformat(day) - timedelta(days=1))
         recent = {
-            product: {near: days[product][near] for near in (yesterday, day) if near in days[product]}
+            product: {
+                near: _of_day(days, product, near) for near in (yesterday, day) if near in days[product]
+            }
             for product in ("tasks", "instances")
         }
         item: dict[str, Any] = {"day": day, **recent, "placed": placed.get(day), "telemetry": []}

@@ -104,14 +104,11 @@ def merge_parts(store: Store, product: str, parts: list[str], target: str) -> di
 def combine_telemetry(
     store: Store, kind: str, parts: list[str], target: str, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Parts of one day and bucket → one telemetry file; one without rows where there are no parts."""
+    """Parts of one day and bucket → one telemetry file."""
     bins = read_parts(store, kind, parts)
-    schema = schemas.telemetry(list(metrics))
-    if bins is None:
-        store.write_table(target, schema.empty_table())
-        return {"rows": 0}
+    assert bins is not None, "a target is only planned where there are parts"
     rows = telemetry(bins, metrics)
-    store.write_table(target, rows.to_arrow().cast(schema))
+    store.write_table(target, rows.to_arrow().cast(schemas.telemetry(list(metrics))))
     return {
         "rows": len(rows),
         "first": int(rows["time"].min().timestamp()),  # type: ignore[union-attr]
