@@ -208,7 +208,8 @@ def _buckets(files: list[RawFile]) -> int:
 def _with_new(accepted: list[RawFile], found: list[RawFile]) -> list[RawFile]:
     """Accepted files and found ones, each content once; a path with other content replaces what it had."""
     files = {file.uri: file for file in [*accepted, *found]}
-    old_first = sorted(files.values(), key=lambda file: (file not in accepted, file.uri))
+    known = set(accepted)
+    old_first = sorted(files.values(), key=lambda file: (file not in known, file.uri))
     by_key: dict[str, RawFile] = {}
     for file in old_first:
         if (same := by_key.setdefault(file.key, file)) is not file:
