@@ -98,6 +98,11 @@ class BaseJobConfig(BaseSettings):
     """How much is logged to standard error: DEBUG, INFO, WARNING or ERROR."""
     num_cpus: int | None = None
     """CPUs of the Ray that is started here; all of them if not given. Not used on a running cluster."""
+    object_store_gb: float | None = Field(None, ge=0.1)
+    """Memory for the object store of the Ray that is started here [GB]; a tenth of the machine's if not
+    given. Tables never pass through it: it carries receipts and logs, and one copy of a study's data."""
+    spill_folder: str | None = None
+    """Where that Ray writes what does not fit in its object store; its session's folder if not given."""
     s3: S3Options = S3Options()
     """How `s3://` is reached."""
 

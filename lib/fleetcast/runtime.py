@@ -39,6 +39,7 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent where it is told to be
+    "RAY_task_oom_retries": "5",  # or Ray tries for ever what its node has no memory for
 }
 WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
@@ -63,7 +64,8 @@ def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]
         _finish({"job": name, "ok": False, "error": str(error)}, 2)
     try:
         use_s3(config.s3)
-        with ray_session(config.num_cpus, everything=config.log_level.upper() == "DEBUG"):
+        everything = config.log_level.upper() == "DEBUG"
+        with ray_session(config.num_cpus, everything, config.object_store_gb, config.spill_folder):
             figures = main(config)
     except KeyboardInterrupt:
         _finish({"job": name, "ok": False, "error": "interrupted"}, 1)
@@ -98,11 +100,17 @@ def set_up_logging(level: str) -> None:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterator[None]:
+def ray_session(
+    num_cpus: int | None = None,
+    everything: bool = False,
+    object_store_gb: float | None = None,
+    spill_folder: str | None = None,
+) -> Iterator[None]:
     """Ray for the length of the block; one that is already connected is used and left alone.
 
-    What its processes print is shown only if `everything` is asked for: their own logs come through
-    `worker_logs`, and errors as exceptions.
+    The arguments are those of `BaseJobConfig`. One that is started here lends its tasks what memory the
+    machine has free, less the object store. What its processes print is shown only if `everything` is asked
+    for: their own logs come through `worker_logs`, and errors as exceptions.
     """
     for key, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -117,6 +125,8 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
             "address": "local",
             "num_cpus": num_cpus,
             "include_dashboard": False,
+            "object_store_memory": _object_store(object_store_gb),
+            **({"object_spilling_directory": spill_folder} if spill_folder else {}),
         }
     ray.init(
         **connection,
@@ -128,6 +138,12 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
         yield
     finally:
         ray.shutdown()
+
+
+def _object_store(gigabytes: float | None) -> int:
+    if gigabytes is not None:
+        return round(gigabytes * 1e9)
+    return max(psutil.virtual_memory().total // 10, 100 << 20)
 
 
 @contextmanager
@@ -195,14 +211,19 @@ def scratch(place: str | None = None) -> tempfile.TemporaryDirectory[str]:
 
 
 def spread(
-    items: list[Any], work: Callable[[Any], dict[str, Any]], what: str, measure: str = "rows"
+    items: list[Any],
+    work: Callable[[Any], dict[str, Any]],
+    what: str,
+    measure: str = "rows",
+    memory: int = 0,
 ) -> list[dict[str, Any]]:
     """Runs `work` on every item as Ray Data tasks and returns their receipts, in the order of the items.
 
-    Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain
-    `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of
-    `measure`. All items are tried; then InputError is raised with what went wrong, if anything did: input
-    that cannot be used, files and objects that cannot be read or written.
+    Items and receipts are small and JSON-like; the data itself goes through the store. A task is given
+    `memory` bytes of its node, or all that the largest node lends, so no node runs more of them than it has
+    memory for. Receipts gain `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress
+    is logged with the sum of `measure`. All items are tried; then InputError is raised with what went wrong,
+    if anything did: input that cannot be used, files and objects that cannot be read or written.
     """
     import ray.data
 
@@ -230,7 +251,7 @@ def spread(
     started = last = time.monotonic()
     tasks = max(_LEAST_TASKS, round(_TASKS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
     results = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
-        task, batch_size=1, zero_copy_batch=True
+        task, batch_size=1, zero_copy_batch=True, memory=lent(memory, what)
     )
     done = 0
     for row in results.iter_rows():
@@ -246,6 +267,18 @@ def spread(
     if errors:
         raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return [receipts[index] for index in range(len(items))]
+
+
+def lent(memory: int, what: str) -> int | None:
+    """`memory`, or what the largest node lends if that is less; None for none."""
+    import ray
+
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if memory > largest > 0:
+        log.warning(
+            "%s: a task may need %.1f GB, the largest node lends %.1f GB", what, memory / 1e9, largest / 1e9
+        )
+    return int(min(memory, largest)) or None
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ class Tasks:
         self.dies_after: int | None = None
 
     def __call__(
-        self, items: list[Any], work: Callable[[Any], Figures], what: str, measure: str = "rows"
+        self,
+        items: list[Any],
+        work: Callable[[Any], Figures],
+        what: str,
+        measure: str = "rows",
+        memory: int = 0,
     ) -> list[Figures]:
         receipts = []
         for item in items:

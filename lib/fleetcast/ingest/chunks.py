@@ -94,7 +94,8 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
 
 
 def _written(writer: PartWriter) -> dict[str, Any]:
-    """How many parts are in each of the `places` that have a date, and the names of the `whole` others."""
+    """How many parts, and rows in them, are in each of the `places` that have a date, and the names of the
+    `whole` others."""
     places: dict[str, int] = {}
     whole: list[str] = []
     for folder, count in sorted(writer.written.items()):
@@ -103,4 +104,5 @@ def _written(writer: PartWriter) -> dict[str, Any]:
                 places[folder.removeprefix(f"{PARTS}/")] = count
             else:
                 whole += [f"{folder}/{writer.id}-{number:03d}.parquet" for number in range(count)]
-    return {"places": places, "whole": whole}
+    rows = {place: writer.rows[f"{PARTS}/{place}"] for place in places}
+    return {"places": places, "partial": rows, "whole": whole}

@@ -16,10 +16,12 @@ def make(
     work: Callable[[dict[str, Any]], dict[str, Any]],
     receipts: str,
     what: str,
+    memory: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Builds each target of `plan` (target file → all that it is made of) whose inputs have changed.
 
-    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures. Receipts of
+    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures; it is given
+    `memory` bytes. Receipts of
     a job that is under way are files below the folder `receipts`; those of finished ones are together in
     `<receipts>.json`, so what a job asks of the store depends on what it builds. Returns the receipts of all
     targets, old and new.
@@ -45,7 +47,7 @@ def make(
         store.write_json(f"{receipts}/{item['target']}.json", receipt)
         return receipt
 
-    built = spread(stale, build, what)
+    built = spread(stale, build, what, memory=memory)
     fresh = {item["target"]: receipt for item, receipt in zip(stale, built, strict=True)}
     measured = ("seconds", "peak_bytes")  # of the task, not of what it made
     kept = {target: {k: v for k, v in r.items() if k not in measured} for target, r in fresh.items()}

@@ -31,7 +31,7 @@ class IngestOptions(Options):
     """Raw bytes that one task reads of a plain csv file [MB]; compressed files are one task each."""
     buckets: int | None = Field(None, ge=1, le=100)
     """Parts of each day by entity; more parts need less memory each. If not given, those that the store has;
-    a new store gets one for each 10 GB of the raw rows that it is made of."""
+    a new store gets one for each 5 GB of the raw rows that it is made of."""
 
     @field_validator("trace")
     @classmethod

@@ -16,18 +16,19 @@ from typing import Any
 
 from pydantic import Field
 
+from fleetcast import memory
 from fleetcast.config import Options
 from fleetcast.errors import InputError
 from fleetcast.ingest.archives import drop_other_indexes, index_archives
 from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk, parts_of, reading_of
 from fleetcast.ingest.dependencies import combine_dependencies, place_containers
-from fleetcast.ingest.files import Chunk, RawFile, chunks, discover
+from fleetcast.ingest.files import BLOCK_BYTES, Chunk, RawFile, chunks, discover
 from fleetcast.ingest.make import make
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.runtime import spread
 from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces import TRACES
-from fleetcast.traces.parts import combine_entities, combine_telemetry, merge_parts
+from fleetcast.traces.parts import FLUSH_ROWS, combine_entities, combine_telemetry, merge_parts
 from fleetcast.traces.products import TELEMETRY
 
 log = logging.getLogger("fleetcast")
@@ -39,8 +40,8 @@ _ENTITIES = "ingested/entities"
 #: Options that the whole store shares; the others may change from run to run.
 _SETTINGS = ("trace", "start", "step", "slice", "neighbours", "buckets")
 #: Raw rows for which a new store gets one more bucket [bytes], and how much larger than a compressed file
-#: they are.
-_BUCKET_BYTES = 10 * 10**9
+#: they are. All may be of one day, and a bucket of a day is merged by one task.
+_BUCKET_BYTES = 5 * 10**9
 _PACKED = 5
 
 #: Product → day → bucket → how many parts the readings (`Chunk.reading`) with rows there have.
@@ -58,6 +59,8 @@ class Read(Options):
     nulled: dict[str, int]
     places: dict[str, int]
     """`product/date=…/bucket=…` → how many parts are there."""
+    largest: dict[str, int]
+    """Product → the most partial rows in one of those places."""
     whole: tuple[str, ...]
     """Parts that describe entities."""
 
@@ -120,10 +123,10 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     store.remove(f"telemetry/{MANIFEST}")
     days = _days(state)
     try:
-        outputs = _build_telemetry(store, options, days)
+        outputs = _build_telemetry(store, options, state, days)
         _build_entities(store, options, described)
         combined = time.monotonic()
-        outputs |= _build_dependencies(store, options, days, outputs)
+        outputs |= _build_dependencies(store, options, state, days, outputs)
     except InputError as error:
         if not _forget_lost(store, state):
             raise
@@ -151,6 +154,7 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
             },
             "fingerprint": fingerprint([state.settings, sorted(state.read)]),
             "files": sorted(outputs),
+            "rows": max(r["rows"] for made in kinds.values() for r in made),
             "figures": figures,
         },
     )
@@ -200,7 +204,7 @@ def _accepted(store: Store, options: IngestOptions) -> tuple[Accepted, IngestOpt
 
 
 def _buckets(files: list[RawFile]) -> int:
-    """One for each 10 GB of raw rows."""
+    """One for each 5 GB of raw rows."""
     rows = sum(file.size * (1 if file.uri.endswith(".csv") else _PACKED) for file in files)
     return max(1, min(100, round(rows / _BUCKET_BYTES)))
 
@@ -231,14 +235,21 @@ def _by_file(pieces: list[Chunk], receipts: list[dict[str, Any]]) -> dict[str, R
                 "rejected": Counter(),
                 "nulled": Counter(),
                 "places": Counter(),
+                "partial": Counter(),
                 "whole": [],
             },
         )
         for name in ("rows", "bytes"):
             total[name] += receipt[name]
-        for name in ("rejected", "nulled", "places"):
+        for name in ("rejected", "nulled", "places", "partial"):
             total[name].update(receipt[name])
         total["whole"] += receipt["whole"]
+    for total in found.values():
+        largest: dict[str, int] = {}
+        total["largest"] = largest
+        for place, rows in total.pop("partial").items():
+            product = place.split("/")[0]
+            largest[product] = max(rows, largest.get(product, 0))
     return {key: Read(**total) for key, total in found.items()}
 
 
@@ -288,7 +299,8 @@ def _map(store: Store, pieces: list[Chunk], options: IngestOptions) -> list[dict
     def work(item: dict[str, Any]) -> dict[str, Any]:
         return ingest_chunk(store, Chunk(**item), options)
 
-    fresh = spread([piece.model_dump() for piece in new], work, "ingest: chunks")
+    room = memory.reading(BLOCK_BYTES, FLUSH_ROWS)
+    fresh = spread([piece.model_dump() for piece in new], work, "ingest: chunks", memory=room)
     receipts = {piece.id: receipt for piece, receipt in zip(new, fresh, strict=True)}
     return [receipts.get(piece.id) or store.read_json(f"{RECEIPTS}/{piece.id}.json") for piece in pieces]
 
@@ -345,7 +357,25 @@ def _merge_entities(store: Store, accepted: Accepted, state: Accepted) -> str | 
 # -- the reduce side -------------------------------------------------------------------------------------
 
 
-def _build_telemetry(store: Store, options: IngestOptions, days: Days) -> dict[str, dict[str, Any]]:
+def _rows(state: Accepted, days: Days, *products: str) -> int:
+    """Most partial rows that a day and bucket can have of some products together."""
+    largest = {read.reading: read.largest for read in state.read.values()}
+    return sum(
+        max(
+            (
+                sum(largest[reading].get(product, 0) for reading in readings)
+                for buckets in days[product].values()
+                for readings in buckets.values()
+            ),
+            default=0,
+        )
+        for product in products
+    )
+
+
+def _build_telemetry(
+    store: Store, options: IngestOptions, state: Accepted, days: Days
+) -> dict[str, dict[str, Any]]:
     """Builds the days that are stale; returns the receipts of all, by path."""
     metrics = TRACES[options.trace].metrics
     plan = {
@@ -363,7 +393,8 @@ def _build_telemetry(store: Store, options: IngestOptions, days: Days) -> dict[s
         parts = parts_of(store, item["kind"], item["place"], item["readings"])
         return combine_telemetry(store, item["kind"], parts, item["target"], metrics)
 
-    return make(store, plan, work, f"{_OUTPUTS}/telemetry", "ingest: days")
+    room = memory.merging(max(_rows(state, days, kind) for kind in TELEMETRY), FLUSH_ROWS)
+    return make(store, plan, work, f"{_OUTPUTS}/telemetry", "ingest: days", room)
 
 
 def _build_entities(store: Store, options: IngestOptions, described: str | None) -> None:
@@ -377,7 +408,7 @@ def _build_entities(store: Store, options: IngestOptions, described: str | None)
 
 
 def _build_dependencies(
-    store: Store, options: IngestOptions, days: Days, telemetry: dict[str, dict[str, Any]]
+    store: Store, options: IngestOptions, state: Accepted, days: Days, telemetry: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Builds the days of dependencies that are stale; returns the receipts of all, by path."""
 
@@ -385,7 +416,9 @@ def _build_dependencies(
         return combine_dependencies(store, options, _PLACEMENTS, item)
 
     plan = _dependency_plan(days, telemetry, _place_containers(store, days))
-    return make(store, plan, work, f"{_OUTPUTS}/dependencies", "ingest: dependencies")
+    # Of one day and the day before; placements are few.
+    room = memory.merging(2 * _rows(state, days, "tasks", "instances"), FLUSH_ROWS)
+    return make(store, plan, work, f"{_OUTPUTS}/dependencies", "ingest: dependencies", room)
 
 
 def _place_containers(store: Store, days: Days) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from fleetcast import memory
 from fleetcast.errors import InputError
 from fleetcast.graphs import cut
 from fleetcast.ingest.make import make
@@ -261,7 +262,9 @@ def _build(
         by = split_dependencies if item["source"].startswith("dependencies/") else split_telemetry
         return by(store, item["source"], item["target"], places, grid)
 
-    receipts = make(store, plan, split, f"{work}/receipts/split", "shard: split by group")
+    # A file of dependencies is smaller. A table read whole does not say how many rows a file of it has.
+    room = memory.splitting(telemetry.get("rows", 0), len(draft.metrics))
+    receipts = make(store, plan, split, f"{work}/receipts/split", "shard: split by group", room)
     where: dict[tuple[str, int], list[RowGroup]] = defaultdict(list)
     for path, receipt in sorted(receipts.items()):
         what = "edges" if "/split/dependencies/" in path else "values"
@@ -300,7 +303,8 @@ def _build(
         )
         return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.members(part.group))}
 
-    return list(make(store, shards, build, f"{work}/receipts/shards", "shard: shards").values())
+    room = memory.building(draft)
+    return list(make(store, shards, build, f"{work}/receipts/shards", "shard: shards", room).values())
 
 
 def _date(draft: Manifest, step: int) -> str:

@@ -38,6 +38,8 @@ class PartWriter:
         self.held = 0
         self.written: Counter[str] = Counter()
         """Files in each folder."""
+        self.rows: Counter[str] = Counter()
+        """Partial rows in each folder."""
 
     def add(self, product: str, frame: pl.DataFrame) -> None:
         """Takes partial rows of a product."""
@@ -50,8 +52,10 @@ class PartWriter:
         """Writes everything held."""
         for product, frames in self.pending.items():
             merged = PRODUCTS[product].merge(pl.concat(frames))
-            for folder, rows in partitions(product, merged, self.buckets).items():
-                with self.store.write(self._name(f"{self.parts}/{product}/{folder}")) as file:
+            for place, rows in partitions(product, merged, self.buckets).items():
+                folder = f"{self.parts}/{product}/{place}"
+                self.rows[folder] += len(rows)
+                with self.store.write(self._name(folder)) as file:
                     rows.write_parquet(file, compression="lz4")
         self.pending.clear()
         self.held = 0

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fleetcast import models
+from fleetcast import memory, models
 from fleetcast.models import saving
 from fleetcast.models.base import ModelConfig
 from fleetcast.models.geometry import Geometry
-from fleetcast.runtime import PeakMemory, log_to, worker_logs
+from fleetcast.runtime import PeakMemory, lent, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
@@ -29,6 +29,7 @@ from fleetcast.training.register import Trained, register, select, verdict
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
+from fleetcast.windows.order import POOL
 
 log = logging.getLogger("fleetcast")
 
@@ -89,6 +90,8 @@ def fit(
             sender.stop()
 
     gpu = {"GPU": 1.0} if options.gpu else {}
+    # A pool in use and one that is read ahead.
+    room = lent(memory.windows(manifest, 2 * POOL), "train")
     log.info(
         "train: %s on %d worker(s), %d training windows of %d group(s)",
         options.model,
@@ -104,7 +107,7 @@ def fit(
             scaling_config=ScalingConfig(
                 num_workers=options.workers,
                 use_gpu=options.gpu,
-                resources_per_worker={"CPU": options.cpus_per_worker, **gpu},
+                resources_per_worker={"CPU": options.cpus_per_worker, "memory": room or 0, **gpu},
             ),
             run_config=RunConfig(
                 name=digest,
