@@ -23,7 +23,7 @@ from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
 from fleetcast.ingest.synthesize import synthesize
-from fleetcast.runtime import PeakMemory, ray_session, scratch, set_up_logging
+from fleetcast.runtime import PeakMemory, ray_session, scratch, set_up_logging, spread
 from fleetcast.store import Store
 from fleetcast.traces.synthesis import SynthesizeOptions
 from fleetcast.windows.manifest import ShardOptions
@@ -110,6 +110,7 @@ def _measure(options: dict[str, Any], days: int) -> dict[str, Any]:
             trace = synthesize(_trace(config, days), Store(raw))
         seconds["synthesize"] = time.perf_counter() - started
         with ray_session(config.num_cpus):  # new workers, which hold nothing of the synthesis
+            spread(list(range(4 * config.num_cpus)), lambda _: {}, "workers start")
             driver = PeakMemory()
             started = time.perf_counter()
             read = ingest(Store(store), raw, IngestOptions())
