@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from fleetcast.store import use_s3 as reach
 from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
-from object_store import ObjectStore, serve
+from object_store import BUCKET, ObjectStore, serve
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700
@@ -54,6 +55,7 @@ def plan() -> Callable[..., Manifest]:
         steps: int,
         groups: Iterable[Iterable[str]] = (("e0", "e1"),),
         *,
+        borders: Iterable[Iterable[str]] | None = None,
         width: int | None = None,
         history: int = 6,
         horizon: int = 4,
@@ -63,6 +65,7 @@ def plan() -> Callable[..., Manifest]:
         split: tuple[float, float, float] = (0.6, 0.2, 0.2),
     ) -> Manifest:
         groups = tuple(tuple(group) for group in groups)
+        borders = tuple(tuple(border) for border in borders or [()] * len(groups))
         halo = manifest.context(history, lags, max_gap)
         shards = tuple(
             Shard(
@@ -92,6 +95,7 @@ def plan() -> Callable[..., Manifest]:
             slice=3600,
             boundaries=manifest.boundaries(steps, split, history, horizon),
             groups=groups,
+            borders=borders,
             scaler=Scaler(mean=(0,) * len(metrics), std=(1,) * len(metrics)),
             seasonal_error=(),
             observed=(),
@@ -121,23 +125,19 @@ def dataset(tmp_path, plan) -> Callable[..., tuple[Store, Manifest]]:
         store.write_table("dependencies.parquet", dependencies(edges).to_arrow())
 
         grid = build.Grid.of(draft, schemas.DEPENDENCY_KINDS)
-        units = pl.DataFrame(
-            [(name, g, i) for g, group in enumerate(draft.groups) for i, name in enumerate(group)],
-            schema={"entity": pl.String, "group": pl.Int32, "index": pl.Int32},
-            orient="row",
-        )
-        rows = build.split_telemetry(store, "telemetry.parquet", "rows.parquet", units, grid)["groups"]
-        links = build.split_dependencies(store, "dependencies.parquet", "links.parquet", units, grid)[
-            "groups"
-        ]
+        units = pl.DataFrame({"entity": draft.names, "unit": draft.names})
+        places = build.Places.of(draft, units)
+        rows = build.split_telemetry(store, "telemetry.parquet", "rows.arrow", places, grid)["groups"]
+        links = build.split_dependencies(store, "dependencies.parquet", "links.arrow", places, grid)["groups"]
         statistics = [
             build.build_shard(
                 store,
                 grid,
                 shard,
                 draft.groups[shard.group],
-                [build.RowGroup("rows.parquet", i) for i, group in enumerate(rows) if group == shard.group],
-                [build.RowGroup("links.parquet", i) for i, group in enumerate(links) if group == shard.group],
+                draft.borders[shard.group],
+                [build.RowGroup("rows.arrow", i) for i, group in enumerate(rows) if group == shard.group],
+                [build.RowGroup("links.arrow", i) for i, group in enumerate(links) if group == shard.group],
                 (shard.path, shard.edges),
             )
             for shard in draft.shards
@@ -207,6 +207,21 @@ def use_s3(object_store: ObjectStore) -> Iterator[Callable[..., S3Options]]:
 
         use()
         yield use
+
+
+@pytest.fixture
+def on_s3(object_store, monkeypatch) -> Callable[[Store], Store]:
+    """`on_s3(store)` → the files of a local store on the S3 server, under a prefix of their own."""
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def copy(local: Store) -> Store:
+        there = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+        for name in local.list(""):
+            there.fs.put_file(local.path(name), there.path(name))
+        return there
+
+    return copy
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent where it is told to be
 }
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
     # Blocks of raw rows come and go; huge pages that are kept for a while spare a sixth of ingest's time.
     "_RJEM_MALLOC_CONF": "thp:always,dirty_decay_ms:10000,muzzy_decay_ms:10000",
@@ -122,7 +122,7 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
         **connection,
         log_to_driver=everything,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     try:
         yield
@@ -133,9 +133,13 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
 @contextmanager
 def worker_logs() -> Iterator[Any]:
     """A queue to give to Ray workers for `log_to`; what they log there appears in this process's log."""
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # Beside the driver, so that no other node takes the log with it when it dies.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     listener = logging.handlers.QueueListener(queue, *log.handlers)
     listener.start()
     try:
@@ -185,9 +189,9 @@ class PeakMemory:
         return int(psutil.Process().memory_info().rss)
 
 
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder on the local disk of this node that goes away with the block."""
-    return tempfile.TemporaryDirectory(prefix="fleetcast-")
+def scratch(place: str | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the local disk of this node, below `place` if given, that goes away with the block."""
+    return tempfile.TemporaryDirectory(prefix="fleetcast-", dir=place)
 
 
 def spread(

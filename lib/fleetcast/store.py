@@ -86,8 +86,9 @@ def fingerprint(value: Any) -> str:
 def content_key(fs: Any, path: str, size: int) -> str:
     """A short digest of a file's content, from its size, head and tail."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    digest.update(fs.cat_file(path, start=0, end=min(size, _KEY_BYTES)))
-    digest.update(fs.cat_file(path, start=max(0, size - _KEY_BYTES), end=size))
+    head = fs.cat_file(path, end=_KEY_BYTES)  # a range: an opened file would read far ahead
+    digest.update(head)
+    digest.update(head if size <= _KEY_BYTES else fs.cat_file(path, start=size - _KEY_BYTES, end=size))
     return digest.hexdigest()
 
 
@@ -184,7 +185,7 @@ class Store:
     def has(self, files: Iterable[str]) -> bool:
         """Whether all of these files are there; their folders are listed, the files are not asked for."""
         files = set(files)
-        folders = {name.split("/", 1)[0] for name in files}
+        folders = {name.rsplit("/", 1)[0] for name in files}
         return files.issubset(name for folder in folders for name in self.list(folder))
 
     def remove(self, relative: str) -> None:

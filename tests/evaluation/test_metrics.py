@@ -258,7 +258,8 @@ def test_groups_of_entities_add_up_by_position_and_unknown_ones_do_not_count(win
         np.testing.assert_allclose(total.scaled_error, whole.scaled_error, rtol=1e-12)
 
     strangers = PerEntity.of(y, mask, mean, [-1, 2, -1, -1, 0], own)
-    assert strangers.n.tolist() == [whole.n[4].tolist(), [0, 0], whole.n[1].tolist()]
+    assert strangers.nodes.tolist() == [0, 2]
+    assert strangers.n.tolist() == whole.n[[4, 1]].tolist()
     np.testing.assert_allclose(strangers.scaled_error[[0, 2]], whole.scaled_error[[4, 1]] / [[5], [2]])
     assert PerEntity.of(y, mask, mean, [-1] * N).n.shape == (0, F)
     with pytest.raises(InputError, match="median"):

@@ -7,12 +7,14 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
-from fleetcast.ingest import make, run
+from fleetcast.ingest import archives, make, run
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.run import ingest
 from fleetcast.store import Store
@@ -45,6 +47,9 @@ def tasks(monkeypatch) -> Tasks:
     tasks = Tasks()
     monkeypatch.setattr(run, "spread", tasks)
     monkeypatch.setattr(make, "spread", tasks)
+    monkeypatch.setattr(archives, "spread", tasks)
+    monkeypatch.setattr(archives, "worker_logs", nullcontext)
+    monkeypatch.setattr(archives, "log_to", lambda *_: SimpleNamespace(stop=lambda: None))
     return tasks
 
 

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from fleetcast.store import Store
 from fleetcast.windows import build
-from fleetcast.windows.build import Grid, RowGroup, build_shard, split_dependencies, split_telemetry
+from fleetcast.windows.build import Grid, Places, RowGroup, build_shard, split_dependencies, split_telemetry
 from fleetcast.windows.manifest import Shard
 from fleetcast.windows.views import read_values
 
@@ -35,11 +35,12 @@ def shard(group: int = 0, start: int = 0, stop: int = 4, first: int = 0, last: i
     )
 
 
-def units(**places: tuple[int, int]) -> pl.DataFrame:
-    """`units(a=(group, index))`."""
-    rows = [(entity, group, index) for entity, (group, index) in places.items()]
+def units(*border: tuple[int, int, int, int], **own: tuple[int, int]) -> Places:
+    """`units((home, place, group, index), …, a=(group, index))`."""
+    rows = [(entity, group, index) for entity, (group, index) in own.items()]
     schema = {"entity": pl.String, "group": pl.Int32, "index": pl.Int32}
-    return pl.DataFrame(rows, schema=schema, orient="row")
+    ends = dict.fromkeys(("home", "place", "group", "index"), pl.Int32)
+    return Places(pl.DataFrame(rows, schema, orient="row"), pl.DataFrame(border, ends, orient="row"))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def write_telemetry(store: Store, name: str, rows: list[tuple[int, str, float | 
 
 
 def dense(
-    store: Store, files: list[str], places: pl.DataFrame, axes: Grid, part: Shard, entities: int
+    store: Store, files: list[str], places: Places, axes: Grid, part: Shard, entities: int
 ) -> np.ndarray:
     """[T, N, F] of a shard as a reader finds it."""
     rows = []
@@ -72,7 +73,7 @@ def dense(
         groups = split_telemetry(store, name, f"split-{name}", places, axes)["groups"]
         rows += [RowGroup(f"split-{name}", i) for i, group in enumerate(groups) if group == part.group]
     names = tuple(f"n{i}" for i in range(entities))
-    build_shard(store, axes, part, names, rows, [], (part.path, part.edges))
+    build_shard(store, axes, part, names, (), rows, [], (part.path, part.edges))
     table = store.read_table(part.path)
     assert table["entity"].to_pylist() == list(names) * (part.last - part.first)
     columns = [table[metric].to_numpy() for metric in axes.metrics]
@@ -161,10 +162,10 @@ def test_edges_are_kept_inside_groups_as_positions_and_for_the_slices_a_shard_ma
     }
     store.write_table("d.parquet", pl.DataFrame([*kept, *dropped], schema=schema, orient="row").to_arrow())
     places = units(a=(1, 0), b=(0, 0), c=(1, 1))
-    groups = split_dependencies(store, "d.parquet", "s.parquet", places, grid())["groups"]
+    groups = split_dependencies(store, "d.parquet", "s.arrow", places, grid())["groups"]
     assert groups == [1]
     build_shard(
-        store, grid(), shard(1), ("a", "c"), [], [RowGroup("s.parquet", 0)], ("v.parquet", "e.parquet")
+        store, grid(), shard(1), ("a", "c"), (), [], [RowGroup("s.arrow", 0)], ("v.parquet", "e.parquet")
     )
     found = store.read_table("e.parquet").to_pylist()
     assert [(row["time"], row["source"], row["target"], row["weight"]) for row in found] == [

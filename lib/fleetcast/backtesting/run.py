@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -214,11 +215,11 @@ def _thresholds(data: Data) -> NDArray[np.float32]:
     """[N, F] of all entities, group after group, from the training part; one group in memory at a time."""
     manifest = data.manifest
     found = []
-    for group in range(len(manifest.groups)):
+    for _, shards in groupby(sorted(manifest.shards, key=lambda shard: shard.group), lambda one: one.group):
         stretches = []
-        for shard in manifest.shards:
+        for shard in shards:
             stop = min(shard.stop, manifest.boundaries[0])
-            if shard.group == group and shard.start < stop:
+            if shard.start < stop:
                 values = read_values(data.store, manifest, shard)
                 stretches.append(values[shard.start - shard.first : stop - shard.first])
         found.append(peaks.thresholds(stretches))

@@ -41,19 +41,19 @@ def rungs(manifest: Manifest, model: Model | None, name: str) -> dict[str, Rung]
 
 
 def _point(forecaster: Callable[[Batch], Any], batch: Batch) -> Output:
-    return Output(forecaster(batch), None)
+    return Output(forecaster(batch.alone()), None)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One rung's forecast of a batch in original units."""
+    """One rung's forecast of a batch's own entities in original units."""
 
     mean: NDArray[np.float64]
-    """[B, H, N, F]."""
+    """[B, H, O, F]."""
     median: NDArray[np.float64]
-    """[B, H, N, F] the quantile at 0.5 of a rung that gives quantiles, the mean of one that gives a point."""
+    """[B, H, O, F] the quantile at 0.5 of a rung that gives quantiles, the mean of one that gives a point."""
     quantiles: NDArray[np.float64]
-    """[B, H, N, F, Q], calibrated where shifts were given."""
+    """[B, H, O, F, Q], calibrated where shifts were given."""
 
 
 def forecast(
@@ -65,7 +65,7 @@ def forecast(
     mean, quantiles = output.mean.double().numpy(), _levels(output, len(levels))
     if shifts is not None:
         quantiles = calibrate(quantiles, shifts)
-    centre, spread = scaler.of(batch.nodes.numpy())
+    centre, spread = scaler.of(batch.nodes[: batch.own].numpy())
     mean, quantiles = mean * spread + centre, quantiles * spread[..., None] + centre[..., None]
     has_median = output.quantiles is not None and 0.5 in levels
     return Forecast(mean, quantiles[..., levels.index(0.5)] if has_median else mean, quantiles)
@@ -116,7 +116,8 @@ def measure(
     shifts: dict[str, NDArray[np.float64]] | None,
     thresholds: NDArray[np.float32] | None = None,
 ) -> dict[str, Measured]:
-    """Scores all rungs on all windows of some batches. Without `shifts` residuals are collected as well.
+    """Scores all rungs on all windows of some batches, own entities alone. Without `shifts` residuals are
+    collected as well.
 
     With `thresholds` [N, F] of high load (`peaks.thresholds`, original units, all entities in the order that
     `batch.nodes` counts in) peaks are, too.
@@ -134,10 +135,11 @@ def measure(
         for name in ladder
     }
     for batch in batches:
-        centre, spread = scaler.of(batch.nodes.numpy())
+        nodes = batch.nodes[: batch.own].numpy()
+        centre, spread = scaler.of(nodes)
         y = batch.y.double().numpy() * spread + centre
         seen = batch.y_mask.numpy()
-        limit = None if thresholds is None else _limit(thresholds, batch, scaler)
+        limit = None if thresholds is None else _limit(thresholds, nodes, scaler)
         for name, rung in ladder.items():
             found = measured[name]
             given = forecast(rung, batch, scaler, levels, None if shifts is None else shifts[name])
@@ -152,18 +154,15 @@ def measure(
                     y, seen, given.mean, given.median, given.quantiles, levels, limit
                 )
             if found.entities is not None:
-                found.entities = found.entities + PerEntity.of(
-                    y, seen, given.median, batch.nodes.numpy(), spread
-                )
+                found.entities = found.entities + PerEntity.of(y, seen, given.median, nodes, spread)
             sums = per_origin(y, seen, given.mean, given.median, given.quantiles, levels, spread)
             for origin, part in zip(batch.origins.tolist(), sums, strict=True):
                 found.by_origin[origin] = found.by_origin.get(origin, 0) + part
     return measured
 
 
-def _limit(thresholds: NDArray[np.float32], batch: Batch, scaler: Scaler) -> NDArray[np.float64]:
-    """[N, F] the thresholds of a batch's entities; NaN of unknown ones."""
-    nodes = batch.nodes.numpy()
+def _limit(thresholds: NDArray[np.float32], nodes: NDArray[np.int64], scaler: Scaler) -> NDArray[np.float64]:
+    """[O, F] the thresholds of the entities at these positions; NaN of unknown ones."""
     own = np.where(nodes[:, None] >= 0, thresholds[nodes], np.float32(np.nan))
     # Scaled and back as the targets were: a load that just reaches its threshold is not above it by rounding.
     mean, std = scaler.of(nodes)
@@ -212,8 +211,7 @@ def save(measured: dict[str, Measured], file: IO[bytes]) -> None:
         if found.peaks is not None:
             arrays |= {f"{position}.peaks.{key}": value for key, value in found.peaks.arrays().items()}
         if found.entities is not None:
-            arrays[f"{position}.entities.n"] = found.entities.n
-            arrays[f"{position}.entities.scaled_error"] = found.entities.scaled_error
+            arrays |= {f"{position}.entities.{key}": value for key, value in vars(found.entities).items()}
         arrays[f"{position}.origins"] = np.asarray(list(found.by_origin), np.int64)
         arrays[f"{position}.by_origin"] = np.asarray(list(found.by_origin.values()))
     np.savez_compressed(file, names=np.asarray(list(measured)), **arrays)
@@ -238,7 +236,7 @@ def load(file: IO[bytes], levels: tuple[float, ...], horizon: int) -> dict[str, 
                 residuals,
                 by_origin,
                 Peaks.from_arrays(peaks) if peaks else None,
-                PerEntity(**entities) if entities else None,
+                PerEntity(**entities) if "nodes" in entities else None,
             )
         return measured
 

@@ -73,7 +73,7 @@ def by_level(
     floor = np.asarray(scaler.std) * FLOOR
     total = [Scores.zeros(horizon, quantiles, floor, scaler.mean) for _ in LEVELS]
     for batch in batches:
-        centre, spread = scaler.of(batch.nodes.numpy())
+        centre, spread = scaler.of(batch.nodes[: batch.own].numpy())
         y, seen = batch.y.double().numpy() * spread + centre, batch.y_mask.numpy()
         given = forecast(rung, batch, scaler, quantiles, shifts)
         at = levels[batch.origins.numpy()[:, None] + np.arange(horizon)]

@@ -387,9 +387,11 @@ def per_origin(
 class PerEntity:
     """Scaled errors of each entity over the whole horizon: a few bad entities can hide in a pooled figure.
 
-    N is one more than the highest position counted so far.
+    N entities were counted so far: those of a group, then of several.
     """
 
+    nodes: Counts
+    """[N] their positions among all, rising."""
     n: Counts
     """[N, F] observed targets."""
     scaled_error: Floats
@@ -397,8 +399,13 @@ class PerEntity:
 
     @classmethod
     def zeros(cls, entities: int, metrics: int) -> PerEntity:
-        """Nothing counted yet; with 0 entities the neutral element of `+`."""
-        return cls(np.zeros((entities, metrics), np.int64), np.zeros((entities, metrics)))
+        """Nothing counted yet of the first `entities`; with 0 the neutral element of `+`."""
+        return cls._none(np.arange(entities), metrics)
+
+    @classmethod
+    def _none(cls, nodes: Counts, metrics: int) -> PerEntity:
+        shape = (len(nodes), metrics)
+        return cls(nodes, np.zeros(shape, np.int64), np.zeros(shape))
 
     @classmethod
     def of(
@@ -416,18 +423,17 @@ class PerEntity:
         seen = _points(y_mask)
         error = np.abs(_observed(y, seen, "y") - _observed(median, seen, "median")) / _points(spread)
         nodes = np.asarray(nodes, np.int64)
-        known = nodes >= 0
-        found = cls.zeros(int(nodes.max(initial=-1)) + 1, len(error[0]))
-        found.n[nodes[known]] = seen.sum(-1)[known]
-        found.scaled_error[nodes[known]] = error.sum(-1)[known]
-        return found
+        order = np.argsort(nodes, kind="stable")
+        order = order[nodes[order] >= 0]
+        return cls(nodes[order], seen.sum(-1)[order], error.sum(-1)[order])
 
     def __add__(self, other: PerEntity) -> PerEntity:
         """Both together, entity by entity."""
-        total = PerEntity.zeros(max(len(self.n), len(other.n)), self.n.shape[1])
+        total = PerEntity._none(np.union1d(self.nodes, other.nodes), self.n.shape[1])
         for part in (self, other):
-            total.n[: len(part.n)] += part.n
-            total.scaled_error[: len(part.n)] += part.scaled_error
+            at = np.searchsorted(total.nodes, part.nodes)
+            total.n[at] += part.n
+            total.scaled_error[at] += part.scaled_error
         return total
 
     def scaled_mae(self) -> Floats:

@@ -1,10 +1,13 @@
 """What people look at first in a forecast: the cluster's total and the highest expected peaks.
 
-Groups contribute sums and their own highest peaks, so no process ever holds the whole forecast.
+Groups contribute sums and their own highest peaks, and two shares make one of the same size, so no process
+ever holds the whole forecast.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -63,31 +66,50 @@ def _nulls(values: NDArray[np.float64]) -> list[float | None]:
     return [float(value) if np.isfinite(value) else None for value in values]
 
 
-def of_cluster(groups: list[dict[str, Any]], data: Manifest, shifts: NDArray[np.float64]) -> dict[str, Any]:
-    """All groups' shares → the overview.
+def together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The shares of some groups and of others as one."""
+    # A group's last shard may reach less far back than another's.
+    known = min(len(share["history_sum"]) for share in (one, other))
+    sums = {
+        name: (np.asarray(one[name])[-known:] + np.asarray(other[name])[-known:]).tolist()
+        for name in ("history_sum", "history_count")
+    }
+    return {
+        **sums,
+        "mean_sum": (np.asarray(one["mean_sum"]) + np.asarray(other["mean_sum"])).tolist(),
+        "peaks": _highest([*one["peaks"], *other["peaks"]]),
+    }
+
+
+def _highest(peaks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The highest peaks of each metric; metrics in the order that they come in."""
+    found = []
+    for metric in dict.fromkeys(peak["metric"] for peak in peaks):
+        of_metric = [peak for peak in peaks if peak["metric"] == metric]
+        found += sorted(of_metric, key=lambda peak: (-peak["q95"], peak["entity"]))[:PEAKS]
+    return found
+
+
+def of_cluster(
+    groups: Iterable[dict[str, Any]], data: Manifest, shifts: NDArray[np.float64]
+) -> dict[str, Any]:
+    """All groups' shares, read one by one → the overview.
 
     `shifts` [K, F, Q] are the validation part's quantiles of the error of the mean over entities; times the
     number of entities they are the total's interval. In the past the total is the mean over the entities that
     were observed, times all entities; null where fewer than half were.
     """
     entities = data.entities
-    # A group's last shard may reach less far back than another's.
-    known = min(len(group["history_sum"]) for group in groups)
-    total = np.sum([group["history_sum"][-known:] for group in groups], axis=0)
-    count = np.sum([group["history_count"][-known:] for group in groups], axis=0)
+    whole = reduce(together, groups)
+    total, count, mean = (np.asarray(whole[name]) for name in ("history_sum", "history_count", "mean_sum"))
     history = np.where(count >= entities / 2, total / np.maximum(count, 1) * entities, np.nan)
-    mean = np.sum([group["mean_sum"] for group in groups], axis=0)
     horizon = np.arange(data.horizon)
     quantiles = mean[..., None] + entities * shifts[bucket_of(horizon, data.horizon)]
     quantiles = np.maximum(np.sort(quantiles, axis=-1), 0)
-    peaks = []
-    for metric in data.metrics:
-        of_metric = [peak for group in groups for peak in group["peaks"] if peak["metric"] == metric]
-        peaks += sorted(of_metric, key=lambda peak: (-peak["q95"], peak["entity"]))[:PEAKS]
     return {
         "total": {
             metric: {"history": _nulls(history[:, f]), "forecast": _series(mean[:, f], quantiles[:, f])}
             for f, metric in enumerate(data.metrics)
         },
-        "peaks": peaks,
+        "peaks": whole["peaks"],
     }

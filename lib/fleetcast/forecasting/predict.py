@@ -62,9 +62,9 @@ class Selected:
         return Scaler(**self.manifest["scaler"])
 
     @cached_property
-    def entities(self) -> list[str]:
-        """The entities that the model was trained on."""
-        return list(self._read(saving.CONFIG)["geometry"]["entities"])
+    def places(self) -> dict[str, int]:
+        """Each entity that the model was trained on → its place among them."""
+        return {name: place for place, name in enumerate(self._read(saving.CONFIG)["geometry"]["entities"])}
 
     @cached_property
     def calibration(self) -> dict[str, dict[str, NDArray[np.float64]]]:
@@ -102,9 +102,13 @@ class Selected:
         if self.rung != self.name:
             return None, naive, f"{self.name} is not better than {self.naive} ({self.reason})"
         try:
-            return saving.load(self.store, self.folder), naive, None
+            return self._saved.model, naive, None
         except InputError as error:
             return None, naive, f"the model cannot be loaded: {error}"
+
+    @cached_property
+    def _saved(self) -> saving.Saved:
+        return saving.Saved(self.store, self.folder)
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,9 @@ class GroupForecast:
 
 
 def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, share: float) -> GroupForecast:
-    """Forecasts all entities of a group from the end of the telemetry."""
+    """Forecasts a group's own entities from the end of the telemetry."""
     scaler = selected.scaler
-    opened = OpenShard.read(store, data, shard, scaler, selected.entities)
+    opened = OpenShard.read(store, data, shard, scaler, selected.places)
     batch = opened.batch(np.array([data.steps]))
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]
@@ -182,7 +186,7 @@ def bounds(metrics: tuple[str, ...]) -> tuple[NDArray[np.float64], NDArray[np.fl
 def _history(opened: OpenShard, data: Manifest, scaler: Scaler) -> NDArray[np.float64]:
     values, observed = opened.last_steps(3 * data.horizon)
     scaled = np.where(observed, values, np.nan).astype(np.float64)
-    centre, spread = scaler.of(opened.nodes)
+    centre, spread = scaler.of(opened.nodes[: opened.own])
     return scaled * spread + centre
 
 

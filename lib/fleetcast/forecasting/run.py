@@ -1,11 +1,15 @@
-"""The forecast job: every entity group as a Ray Data task, then one atomic publication."""
+"""The forecast job: entity groups as Ray Data tasks, then one atomic publication."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import reduce
 from typing import Any
+
+import pyarrow as pa
 
 from fleetcast.errors import InputError
 from fleetcast.forecasting import overview
@@ -19,6 +23,8 @@ from fleetcast.windows.manifest import Manifest, Shard
 log = logging.getLogger("fleetcast")
 
 OVERVIEW = "overview.json"
+#: Most files of a forecast; of more groups than that, several share a file.
+_MOST_FILES = 256
 
 
 def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
@@ -42,22 +48,31 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
         return {**published["figures"], "forecast": folder, "skipped": True}
 
     work = f"_work/forecasts/{digest}"
-    plan = {
-        f"{work}/rows/part-{shard.group:05d}.parquet": {"shard": shard.model_dump(), "digest": digest}
-        for shard in data.last_shards
+    shards = data.last_shards
+    share = -(-len(shards) // _MOST_FILES)
+    plan: dict[str, dict[str, Any]] = {
+        f"{work}/rows/part-{first:05d}.parquet": {
+            "shards": [shard.model_dump() for shard in shards[first : first + share]],
+            "overview": f"{work}/overview/part-{first:05d}.json",
+            "digest": digest,
+        }
+        for first in range(0, len(shards), share)
     }
 
     def work_on(item: dict[str, Any]) -> dict[str, Any]:
-        found = predict(store, data, Shard(**item["shard"]), selected, options.min_history_share)
-        table = rows(found, data, selected.rung, selected.naive)
+        tables, shares, fallbacks = [], [], Counter[str]()
+        for shard in item["shards"]:
+            found = predict(store, data, Shard(**shard), selected, options.min_history_share)
+            tables.append(rows(found, data, selected.rung, selected.naive))
+            shares.append(overview.of_group(found, data))
+            fallbacks.update(reason for reason in found.fallback if reason)
+        table = pa.concat_tables(tables).unify_dictionaries()
+        store.write_json(item["overview"], reduce(overview.together, shares))
         store.write_table(item["target"], table)
-        return {
-            "rows": len(table),
-            "fallbacks": dict(Counter(reason for reason in found.fallback if reason)),
-            "overview": overview.of_group(found, data),
-        }
+        return {"rows": len(table), "fallbacks": dict(fallbacks)}
 
     receipts = list(make(store, plan, work_on, f"{work}/receipts", "forecast: groups").values())
+    shares = (store.read_json(item["overview"]) for item in plan.values())
     fallbacks: Counter[str] = Counter()
     for receipt in receipts:
         fallbacks.update(receipt["fallbacks"])
@@ -69,7 +84,7 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
         "fallbacks": dict(sorted(fallbacks.items())),
         "peak_bytes": max(receipt.get("peak_bytes", 0) for receipt in receipts),
     }
-    _publish(store, work, folder, data, selected, digest, figures, receipts)
+    _publish(store, work, folder, data, selected, digest, figures, shares)
     return {**figures, "forecast": folder, "skipped": False}
 
 
@@ -89,11 +104,11 @@ def _publish(
     selected: Selected,
     digest: str,
     figures: dict[str, Any],
-    receipts: list[dict[str, Any]],
+    shares: Iterator[dict[str, Any]],
 ) -> None:
     """Everything into one folder that appears whole."""
     shifts = selected.calibration["total_shifts"][selected.rung]
-    shown = overview.of_cluster([receipt["overview"] for receipt in receipts], data, shifts)
+    shown = overview.of_cluster(shares, data, shifts)
     store.write_json(f"{work}/rows/{OVERVIEW}", shown)
     store.write_json(
         f"{work}/rows/{MANIFEST}",

@@ -1,9 +1,14 @@
 """Cutting the graph into groups of entities that are sharded, batched and forecast together.
 
-Edges between groups are lost to the model, so the cut follows the weak ones.
+The cut follows weak edges. What they carry into a group is not lost: the entities that send the most are its
+border, which it sees and does not forecast.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import defaultdict
+from heapq import heappop, heappush
 
 import numpy as np
 import polars as pl
@@ -30,6 +35,38 @@ def cut(entities: list[str], edges: pl.DataFrame, size: int) -> list[list[str]]:
     limit = -(-len(names) // -(-len(names) // size))
     groups = _fill(_grow(_adjacency(names, edges), limit), limit)
     return sorted([names[i] for i in sorted(group)] for group in groups)
+
+
+def border(groups: list[list[str]], edges: pl.DataFrame, most: int) -> list[list[str]]:
+    """Of each group the entities of other groups that send the most weight into it: at most `most`, by name.
+
+    `edges` holds `source`, `target` and `weight` (summed over time); load flows from source to target, so an
+    edge out of a group gives it no border. Of equal weights the first names are taken. The same input gives
+    the same borders, in whatever order it comes.
+    """
+    place = pl.DataFrame(
+        {
+            "name": [name for group in groups for name in group],
+            "group": np.repeat(np.arange(len(groups)), [len(group) for group in groups]),
+        },
+        schema={"name": pl.String, "group": pl.Int64},
+    )
+    chosen = (
+        edges.select(pl.col("source", "target").cast(pl.String), pl.col("weight").cast(pl.Float64))
+        .join(place.rename({"name": "source", "group": "home"}), on="source")
+        .join(place.rename({"name": "target"}), on="target")
+        .filter((pl.col("home") != pl.col("group")) & (pl.col("weight") > 0))
+        .sort("group", "source", "target", "weight")  # so that sums do not depend on the order of the rows
+        .group_by("group", "source", maintain_order=True)
+        .agg(pl.col("weight").sum())
+        .sort("group", "weight", "source", descending=[False, True, False])
+        .group_by("group", maintain_order=True)
+        .head(most)
+    )
+    found: list[list[str]] = [[] for _ in groups]
+    for group, name in chosen.sort("group", "source").select("group", "source").iter_rows():
+        found[group].append(name)
+    return found
 
 
 def _adjacency(names: list[str], edges: pl.DataFrame) -> csr_array:
@@ -68,10 +105,20 @@ def _fill(clusters: list[list[int]], limit: int) -> list[list[int]]:
     Weight need not be looked at: clusters that share an edge would be one already if both fitted in a group.
     """
     groups: list[list[int]] = []
+    of_size: dict[int, list[int]] = defaultdict(list)  # heaps: of equally full groups the first is taken
+    sizes: list[int] = []
     for nodes in clusters:
-        room = [group for group in groups if len(group) + len(nodes) <= limit]
-        if room:
-            max(room, key=len).extend(nodes)
+        at = bisect_right(sizes, limit - len(nodes)) - 1
+        if at < 0:
+            number = len(groups)
+            groups.append([])
         else:
-            groups.append(list(nodes))
+            number = heappop(of_size[sizes[at]])
+            if not of_size[sizes[at]]:
+                sizes.pop(at)
+        groups[number].extend(nodes)
+        size = len(groups[number])
+        if not of_size[size]:
+            insort(sizes, size)
+        heappush(of_size[size], number)
     return groups

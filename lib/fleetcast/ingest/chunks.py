@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import polars as pl
 
 from fleetcast.errors import InputError
-from fleetcast.ingest.files import Chunk, blocks
+from fleetcast.ingest import archives, files
+from fleetcast.ingest.files import Chunk
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
 from fleetcast.traces import TRACES
@@ -24,6 +26,18 @@ def binning(options: IngestOptions) -> Binning:
     return Binning(start=int(options.start.timestamp()), step=options.step, slice=options.slice)
 
 
+def reading_of(path: str) -> str:
+    """The reading (`Chunk.reading`) that a part, or a file of rejected rows, came of."""
+    return "-".join(path.rsplit("/", 1)[-1].split("-")[:2])
+
+
+def parts_of(store: Store, product: str, place: str, readings: Collection[str]) -> list[str]:
+    """The parts of a product below `date=…` or `date=…/bucket=…` that came of some readings. Others may lie
+    there, of files that were replaced or of runs that died."""
+    found = store.list(f"{PARTS}/{product}/{place}", ".parquet")
+    return [path for path in found if reading_of(path) in readings]
+
+
 def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str, Any]:
     """Reads a chunk, writes its parts, and returns (and stores, last) its receipt.
 
@@ -37,11 +51,13 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     table = TRACES[options.trace].tables[chunk.file.table]
     clock = binning(options)
     source = (table.name, chunk.file.name, chunk.id)
+    assert options.buckets is not None, "chosen when the store was made"
     writer = PartWriter(store, (PARTS, "rejected"), source, options.buckets)
-    rows = 0
+    rows = size = 0
     reasons: Counter[str] = Counter()
     nulled: Counter[str] = Counter()
-    for offset, block in blocks(chunk):
+    for offset, block in archives.blocks(store, chunk) if chunk.csv else files.blocks(chunk):
+        size += len(block)
         parsed = parse(block, table)
         rows += parsed.rows
         nulled.update(parsed.invalid)
@@ -57,10 +73,24 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     receipt = {
         "table": table.name,
         "rows": rows,
-        "bytes": chunk.stop - chunk.start,
+        "bytes": size,
         "rejected": dict(reasons),
         "nulled": dict(nulled),
-        "files": dict(writer.written),
+        **_written(writer),
     }
     store.write_json(receipt_file, receipt)
     return receipt
+
+
+def _written(writer: PartWriter) -> dict[str, Any]:
+    """Where parts are: the `days` of each product that has them, and the `whole` names of those without."""
+    days: dict[str, set[str]] = {}
+    whole: dict[str, list[str]] = {}
+    for folder, count in writer.written.items():
+        if folder.startswith(f"{PARTS}/"):
+            product, place = folder.removeprefix(f"{PARTS}/").split("/", 1)
+            if place.startswith("date="):
+                days.setdefault(product, set()).add(place.split("/")[0].removeprefix("date="))
+            else:
+                whole[product] = [f"{folder}/{writer.id}-{number:03d}.parquet" for number in range(count)]
+    return {"days": {product: sorted(found) for product, found in sorted(days.items())}, "whole": whole}

@@ -29,8 +29,9 @@ class IngestOptions(Options):
     """A table with a larger share of unusable rows [0-1] fails the job, and nothing is published."""
     chunk_mb: int = Field(128, ge=1)
     """Raw bytes that one task reads of a plain csv file [MB]; compressed files are one task each."""
-    buckets: int = Field(1, ge=1, le=100)
-    """Parts of each day by entity. More parts need less memory each: one per 20 GB of raw rows is plenty."""
+    buckets: int | None = Field(None, ge=1, le=100)
+    """Parts of each day by entity; more parts need less memory each. If not given, those that the store has;
+    a new store gets one for each 10 GB of the raw rows that it is made of."""
 
     @field_validator("trace")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.build import (
     Grid,
+    Places,
     RowGroup,
     Summary,
     build_shard,
@@ -24,12 +26,15 @@ from fleetcast.windows.build import (
     split_telemetry,
     summarise,
 )
+from fleetcast.windows.edges import combine
 from fleetcast.windows.manifest import Manifest, Scaler, Shard, ShardOptions
 
 log = logging.getLogger("fleetcast")
 
 #: Seed of the entities that are drawn where not all are wanted.
 _DRAW = 20_180_101
+#: The names of each group, or of each group's border.
+_Names = list[list[str]]
 #: The telemetry that each level is made of.
 _SOURCE_KIND = {"machine": "machine", "container": "container", "service": "container"}
 
@@ -49,11 +54,12 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
         log.info("shard: windows/%s is complete", options.windows)
         return {**_figures(Manifest(**saved)), "skipped": True}
 
+    telemetry = _last(telemetry, options)
     work = f"_work/windows/{options.windows}-{digest}"
-    units = _units(store, options, work)
-    draft = _draft(telemetry, options, units, digest)
+    units, groups, borders = _units(store, options, telemetry)
+    draft = _draft(telemetry, options, groups, borders, digest)
     grid = Grid.of(draft, options.dependencies)
-    receipts = _build(store, work, telemetry, options, draft, grid, units)
+    receipts = _build(store, work, telemetry, options, draft, grid, Places.of(draft, units))
     statistics = [receipt["statistics"] for receipt in receipts]
     summary = summarise(statistics, [part.group for part in draft.shards], options.scale == "entity")
     finished = _finish(draft, summary, options)
@@ -73,17 +79,40 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
         "windows": {part: manifest.windows(part) for part in manifests.PARTS},
         "entities": manifest.entities,
         "groups": len(manifest.groups),
+        "border": sum(map(len, manifest.borders)),
         "shards": len(manifest.shards),
         "steps": manifest.steps,
         "observed_share": dict(zip(manifest.metrics, manifest.observed, strict=True)),
     }
 
 
-def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
-    """`entity` of the telemetry → `unit` that is forecast, and its `group` and `index` there."""
+def _last(telemetry: dict[str, Any], options: ShardOptions) -> dict[str, Any]:
+    """The telemetry's manifest as if there were no more than the span that is wanted."""
+    kind, base = _SOURCE_KIND[options.level], telemetry["settings"]["step"]
+    if options.span is None or kind not in telemetry["spans"]:
+        return telemetry
+    span = telemetry["spans"][kind]
+    start = span["first"] // options.step * options.step
+    surplus = (span["last"] + base - start) // options.step - options.span // options.step
+    if surplus <= 0:
+        return telemetry
+    start += surplus * options.step
+    # A window at the start has the edges of the last slice that had ended: it begins up to two before.
+    since = {"telemetry": start, "dependencies": start - 2 * telemetry["settings"]["slice"]}
+    days = {noun: f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}" for noun, at in since.items()}
+    files = [path for path in telemetry["files"] if path.split("/")[1] >= days[path.split("/")[0]]]
+    return {**telemetry, "spans": {kind: {**span, "first": start}}, "files": files}
+
+
+def _units(
+    store: Store, options: ShardOptions, telemetry: dict[str, Any]
+) -> tuple[pl.DataFrame, _Names, _Names]:
+    """`entity` of the telemetry → `unit` that is forecast; the groups of units, and their borders."""
     entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
     kind = _SOURCE_KIND[options.level]
     measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
+    if options.span is not None and kind in telemetry["spans"]:
+        measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
     unit = pl.col("service") if options.level == "service" else pl.col("entity")
     named = measured.select("entity", unit=unit).drop_nulls()
     if named.is_empty():
@@ -94,31 +123,41 @@ def _units(store: Store, options: ShardOptions, work: str) -> pl.DataFrame:
             raise InputError(f"--entities {options.entities}: expected at most the {len(names)} there are")
         drawn = np.random.default_rng(_DRAW).permutation(len(names))[: options.entities]
         names = [names[place] for place in np.sort(drawn)]
-    groups = (
-        [names] if len(names) <= options.group_size else cut.cut(names, _graph(store), options.group_size)
-    )
-    places = pl.DataFrame(
-        [(name, group, index) for group, members in enumerate(groups) for index, name in enumerate(members)],
-        schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
-        orient="row",
-    )
-    return named.join(places, on="unit")
+    named = named.filter(pl.col("unit").is_in(names))
+    if len(names) <= options.group_size:
+        return named, [names], [[]]
+    graph = _graph(store, options.dependencies, telemetry, named)
+    groups = cut.cut(names, graph, options.group_size)
+    flow = graph.select("source", "target", weight="flow")
+    return named, groups, cut.border(groups, flow, options.border)
 
 
-def _graph(store: Store) -> pl.DataFrame:
-    """All dependencies summed over time: as many rows as there are pairs."""
+def _graph(
+    store: Store, kinds: tuple[str, ...], telemetry: dict[str, Any], units: pl.DataFrame
+) -> pl.DataFrame:
+    """All dependencies between units summed over time, as many rows as there are pairs: the `weight` of every
+    kind as it is, and the `flow` that models see, of the chosen `kinds` on one scale."""
     total: pl.DataFrame | None = None
-    for path in store.list("dependencies", ".parquet"):
-        day: Any = pl.from_arrow(store.read_table(path, columns=["source", "target", "weight"]))
+    for path in (path for path in telemetry["files"] if path.startswith("dependencies/")):
+        day: Any = pl.from_arrow(store.read_table(path))
         day = day.with_columns(pl.col("source", "target").cast(pl.String))
+        seen = combine(day, kinds).group_by("source", "target").agg(flow=pl.col("weight").sum())
+        day = day.group_by("source", "target").agg(pl.col("weight").sum())
+        day = day.join(seen, on=["source", "target"], how="left")
         both = day if total is None else pl.concat([total, day])
-        total = both.group_by("source", "target").agg(pl.col("weight").sum())
+        total = both.group_by("source", "target").agg(pl.col("weight", "flow").sum())
     if total is None:
-        return pl.DataFrame(schema={"source": pl.String, "target": pl.String, "weight": pl.Float32})
-    return total
+        numbers = {"weight": pl.Float32, "flow": pl.Float32}
+        return pl.DataFrame(schema={"source": pl.String, "target": pl.String, **numbers})
+    for end in ("source", "target"):
+        total = total.join(units.select("unit", entity="entity"), left_on=end, right_on="entity")
+        total = total.drop(end).rename({"unit": end})
+    return total.group_by("source", "target").agg(pl.col("weight", "flow").sum())
 
 
-def _draft(telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame, digest: str) -> Manifest:
+def _draft(
+    telemetry: dict[str, Any], options: ShardOptions, groups: _Names, borders: _Names, digest: str
+) -> Manifest:
     """The manifest but for what only the shards' values can tell."""
     known = [name for metric in telemetry["metrics"] for name in (metric, f"{metric}_max")]
     for metric in options.metrics:
@@ -138,13 +177,7 @@ def _draft(telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame
         for lag in sorted(options.lags)
         if horizon <= lag // options.step <= boundaries[0] - horizon
     )
-    groups = (
-        units.select("unit", "group", "index")
-        .unique()
-        .sort("group", "index")
-        .group_by("group", maintain_order=True)
-    )
-    members = tuple(tuple(frame["unit"].to_list()) for _, frame in groups)
+    sizes = [len(group) + len(border) for group, border in zip(groups, borders, strict=True)]
     return Manifest(
         name=options.windows,
         level=options.level,
@@ -158,11 +191,12 @@ def _draft(telemetry: dict[str, Any], options: ShardOptions, units: pl.DataFrame
         max_gap=max_gap,
         slice=telemetry["settings"]["slice"],
         boundaries=boundaries,
-        groups=members,
+        groups=tuple(map(tuple, groups)),
+        borders=tuple(map(tuple, borders)),
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),
-        shards=tuple(_stretches(options, steps, history, horizon, lags, max_gap, members)),
+        shards=tuple(_stretches(options, steps, history, horizon, lags, max_gap, sizes)),
         fingerprint=digest,
     )
 
@@ -174,16 +208,17 @@ def _stretches(
     horizon: int,
     lags: tuple[int, ...],
     max_gap: int,
-    groups: tuple[tuple[str, ...], ...],
+    sizes: list[int],
 ) -> list[Shard]:
-    """Shards of about the wanted size, but never so short that the halo outweighs what it surrounds.
+    """Shards of groups of these sizes: each of about the wanted size, but never so short that the halo
+    outweighs what it surrounds.
 
     The last shard of a group also holds the origin at the end of the telemetry: the forecast's.
     """
     back = manifests.context(history, lags, max_gap)
     shards = []
-    for group, members in enumerate(groups):
-        row = len(members) * len(options.metrics) * 4
+    for group, size in enumerate(sizes):
+        row = size * len(options.metrics) * 4
         width = max((options.shard_mb << 20) // row, back + horizon)
         count = max(1, round(steps / width))
         edges = [round(steps * i / count) for i in range(count + 1)]
@@ -210,20 +245,23 @@ def _build(
     options: ShardOptions,
     draft: Manifest,
     grid: Grid,
-    units: pl.DataFrame,
+    places: Places,
 ) -> list[dict[str, Any]]:
     """Splits the files by group, then builds every shard; returns the shards' receipts."""
     kind = _SOURCE_KIND[options.level]
     values = [path for path in telemetry["files"] if f"/{kind}-" in path]
     edges = [path for path in telemetry["files"] if path.startswith("dependencies/")]
     key = {"dataset": draft.fingerprint}
-    plan = {f"{work}/split/{path}": {"source": path, **key} for path in [*values, *edges]}
+    plan = {
+        f"{work}/split/{path.removesuffix('.parquet')}.arrow": {"source": path, **key}
+        for path in [*values, *edges]
+    }
 
     def split(item: dict[str, Any]) -> dict[str, Any]:
         by = split_dependencies if item["source"].startswith("dependencies/") else split_telemetry
-        return by(store, item["source"], item["target"], units, grid)
+        return by(store, item["source"], item["target"], places, grid)
 
-    receipts = make(store, plan, split, f"{work}/receipts", "shard: split by group")
+    receipts = make(store, plan, split, f"{work}/receipts/split", "shard: split by group")
     where: dict[tuple[str, int], list[RowGroup]] = defaultdict(list)
     for path, receipt in sorted(receipts.items()):
         what = "edges" if "/split/dependencies/" in path else "values"
@@ -255,13 +293,14 @@ def _build(
             grid,
             part,
             draft.groups[part.group],
+            draft.borders[part.group],
             [RowGroup(**at) for at in item["values"]],
             [RowGroup(**at) for at in item["edges"]],
             (item["target"], item["edges_target"]),
         )
-        return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.groups[part.group])}
+        return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.members(part.group))}
 
-    return list(make(store, shards, build, f"{work}/receipts", "shard: shards").values())
+    return list(make(store, shards, build, f"{work}/receipts/shards", "shard: shards").values())
 
 
 def _date(draft: Manifest, step: int) -> str:

@@ -25,9 +25,9 @@ class Output:
     """A model's forecast in scaled units."""
 
     mean: Tensor
-    """[B, H, N, F]."""
+    """[B, H, O, F] of the group's own entities."""
     quantiles: Tensor | None
-    """[B, H, N, F, Q], or None where the geometry asks for no quantiles."""
+    """[B, H, O, F, Q], or None where the geometry asks for no quantiles."""
 
 
 class Model(nn.Module, ABC):
@@ -36,6 +36,7 @@ class Model(nn.Module, ABC):
     def __init__(self, config: ModelConfig, geometry: Geometry) -> None:
         super().__init__()
         self.geometry = geometry
+        self.looks_around = config.looks_around
         self.blend = NaiveBlend(geometry) if config.residual else None
 
     @property
@@ -49,14 +50,17 @@ class Model(nn.Module, ABC):
         return next((t.device for t in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     def forward(self, batch: Batch) -> Output:
-        """Forecasts all windows of a batch; reads neither `y` nor `y_mask`.
+        """Forecasts the own entities in all windows of a batch; reads neither `y` nor `y_mask`.
 
         Raises InputError if its shapes are not the geometry's.
         """
+        if not self.looks_around:
+            batch = batch.alone()
         self.geometry.check(batch)
         outputs = self.raw(batch).float()
         if self.blend is not None:
             outputs = outputs + self.blend(batch)[..., None]
+        outputs = outputs[:, :, : batch.own]
         return Output(outputs[..., 0], outputs[..., 1:] if self.geometry.quantiles else None)
 
     @abstractmethod
@@ -80,6 +84,8 @@ class ModelConfig(Options, ABC):
 
     fitted: ClassVar[bool] = False
     """Whether it builds a `Fitted` model."""
+    looks_around: ClassVar[bool] = False
+    """Whether an entity's forecast looks at other entities: only then is the model shown a group's border."""
 
     residual: bool = True
     """Whether outputs are offsets from a learned blend of last value and seasonal values; the published

@@ -141,7 +141,7 @@ class Fusion(Model):
             weight = self.graph.weight(batch)
             if weight is not None:
                 return Candidates.learned(weight, self.config.neighbours, len(batch.x))
-            series = self.graph.relabelled(unit_series(batch.x, batch.mask))
+            series = self.graph.relabelled(unit_series(batch.x, batch.mask), batch)
             return Candidates.union(self.graph.edges(batch), series, self.config.neighbours)
 
     def _steps(self, batch: Batch) -> Tensor:

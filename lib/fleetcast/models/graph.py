@@ -27,9 +27,12 @@ _SHUFFLE = 20_180_101
 class GraphConfig(ModelConfig):
     """Options of a model that reads the graph."""
 
+    looks_around = True
+
     graph: Literal["true", "identity", "shuffled", "learned"] = "true"
     """Which graph the model sees: the dataset's; none; the dataset's between other nodes, as many edges with
-    the same weights; or one that it learns of node embeddings. What the true one adds is the graph lift."""
+    the same weights, those with the border again with the border; or one that it learns of node embeddings,
+    the border's as well. What the true one adds is the graph lift."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,15 @@ class Graph(nn.Module):
             return Edges(given.index[:, :0], given.weight[:0])
         if self.kind == "shuffled":
             nodes = batch.x.shape[2]
-            to = _shuffle(nodes).to(given.index.device)
+            to = _shuffle(batch).to(given.index.device)
             return Edges(given.index - given.index % nodes + to[given.index % nodes], given.weight)
         return given
 
-    def relabelled(self, series: Tensor) -> Tensor:
+    def relabelled(self, series: Tensor, batch: Batch) -> Tensor:
         """[B, N, …] the series that the graph takes for each node's: its own; if shuffled, another's."""
         if self.kind != "shuffled":
             return series
-        return series[:, _shuffle(series.shape[1]).argsort().to(series.device)]
+        return series[:, _shuffle(batch).argsort().to(series.device)]
 
     def symmetric(self, batch: Batch) -> Adjacency:
         """As `Adjacency.symmetric`, of the kind asked for."""
@@ -142,10 +145,14 @@ class _Product(torch.autograd.Function):
         return None, None, ctx.back @ grads[0]
 
 
-def _shuffle(nodes: int) -> Tensor:
-    """[nodes] the place that each node's edges go to in a shuffled graph."""
+def _shuffle(batch: Batch) -> Tensor:
+    """[N] the place that each node's edges go to in a shuffled graph: own entities' to own ones, the border's
+    to the border, so that as much load flows into the group as in the true one."""
     generator = torch.Generator().manual_seed(_SHUFFLE)
-    return torch.randperm(nodes, generator=generator, device="cpu")  # a GPU would draw another one
+    own, border = batch.own, batch.x.shape[2] - batch.own
+    # A GPU would draw others.
+    places = [torch.randperm(count, generator=generator, device="cpu") for count in (own, border)]
+    return torch.cat([places[0], own + places[1]])
 
 
 def _symmetric(index: Tensor, weight: Tensor, nodes: int) -> Tensor:

@@ -23,6 +23,8 @@ from fleetcast.windows.batch import Batch
 class ItransformerConfig(ModelConfig):
     """Options of itransformer. The paper's, for hundreds of series: hidden and feedforward 512, layers 3."""
 
+    looks_around = True
+
     hidden: Annotated[int, Field(ge=1)] = 128
     """Width of a token."""
     heads: Annotated[int, Field(ge=1)] = 8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import safetensors.torch
 import torch
@@ -63,6 +65,19 @@ def load(store: Store, folder: str) -> Model:
     except InputError as error:
         raise InputError(f"{store.uri}/{file}: {error}") from error
     return model.eval()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model in the store that a task loads once, when it first needs it, for all the groups it works on."""
+
+    store: Store
+    folder: str
+
+    @cached_property
+    def model(self) -> Model:
+        """As `load`, which raises InputError."""
+        return load(self.store, self.folder)
 
 
 def _build(store: Store, file: str) -> Model:

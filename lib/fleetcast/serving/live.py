@@ -5,9 +5,9 @@
     live.forecast([Asked(...), Asked(...)])   # one answer each, whatever else is asked at the same time
 
 The state is the end of every known entity's telemetry: what the windows had, and what was sent since. A
-known entity is forecast with its whole group, as in the nightly job, so its neighbours' load is seen; an
-unknown one alone. Requests that come at the same time share runs of the model along the window axis, which
-no window looks across: an answer does not depend on its batch mates.
+known entity is forecast with its whole group and what borders it, as in the nightly job, so its neighbours'
+load is seen; an unknown one alone. Requests that come at the same time share runs of the model along the
+window axis, which no window looks across: an answer does not depend on its batch mates.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import dataclasses
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ from fleetcast.windows.edges import SliceEdges
 from fleetcast.windows.manifest import Manifest, Shard
 from fleetcast.windows.views import OpenShard, read_values
 
+#: Gives the values [K, N, F] that a window is made of.
+_Values = Callable[[], "Floats"]
 #: A group or an unknown entity; the step where its forecast begins; the request if it brings own points.
 _Key = tuple[int | str, int, int]
 
@@ -117,9 +120,13 @@ class Track:
 
     def until(self, end: int, steps: int) -> Floats:
         """[steps, N, F] what a forecast that begins at the step `end` may look at."""
-        track = self if end <= self.end else self.copy()
-        track.reach(end)  # a step that has not been reached is a gap; one that has been passed is not seen
-        return track.values[: len(track.values) - (track.end - end)][-steps:]
+        # A step that has not been reached is a gap; one that has been passed is not seen.
+        seen = np.full((steps, *self.values.shape[1:]), np.nan, np.float32)
+        begin, start = end - steps, self.end - len(self.values)
+        low, high = max(begin, start), min(end, self.end)
+        if low < high:
+            seen[low - begin : high - begin] = self.values[low - start : high - start]
+        return seen
 
     def add(
         self, places: NDArray[np.int64], steps: NDArray[np.int64], metric: int, values: NDArray[np.float64]
@@ -155,9 +162,9 @@ class Live:
     refused: str | None
     """Why a naive rung is served."""
     tracks: list[Track]
-    """Of each group."""
+    """Of each group's own entities."""
     graphs: list[tuple[NDArray[np.int64], Floats]]
-    """Of each group: [2, E] places within it, and weights."""
+    """Of each group: [2, E] places among its members, and weights."""
     unknown: dict[str, Track] = field(default_factory=dict)
     most_unknown: int = 10_000
 
@@ -168,6 +175,13 @@ class Live:
             for group, names in enumerate(self.data.groups)
             for place, name in enumerate(names)
         }
+        self._border = [[self._places[name] for name in names] for names in self.data.borders]
+        self._homes = [{group, *(home for home, _ in border)} for group, border in enumerate(self._border)]
+        known = self.selected.places
+        self._nodes = [
+            np.array([known.get(name, -1) for name in self.data.members(group)], np.int64)
+            for group in range(len(self.data.groups))
+        ]
         self._shifts = self.selected.calibration["shifts"]
         self._remembered: dict[Any, tuple[Floats, tuple[str | None, ...]]] = {}
 
@@ -293,7 +307,7 @@ class Live:
         """An answer, or what is wrong with it, for each request."""
         with self._lock:
             prepared = [self._prepare(one) for one in asked]
-            work: dict[_Key, Track] = {}
+            work: dict[_Key, _Values] = {}
             for one in prepared:
                 if not isinstance(one, InputError):
                     work |= one.work
@@ -305,6 +319,7 @@ class Live:
         own = {point.entity for point in one.points}
         groups = {self._places[name][0] for name in own if name in self._places}
         tracks = [track.copy() if group in groups else track for group, track in enumerate(self.tracks)]
+        touched = {group for group, homes in enumerate(self._homes) if groups and homes & groups}
         unknown = {
             name: self.unknown[name].copy() for name in own.union(one.entities) if name in self.unknown
         }
@@ -329,18 +344,22 @@ class Live:
                     f"origin: {asked}, expected a time within {_SLACK} steps before and {self.data.horizon} "
                     f"after the newest observation, which ends at {known}"
                 )
-        work: dict[_Key, Track] = {}
+        work: dict[_Key, _Values] = {}
         where = []
         for name in one.entities:
             group, place = self._places.get(name, (name, 0))
-            private = isinstance(group, str) or group in groups
+            private = isinstance(group, str) or group in touched
             key = (group, end, id(one) if private else -1)
             if key not in work:
-                work[key] = tracks[group] if isinstance(group, int) else unknown[name]
+                work[key] = (
+                    partial(self._members, group, end, tracks)
+                    if isinstance(group, int)
+                    else partial(unknown[name].until, end, self.data.context)
+                )
             where.append((key, place))
         return _Prepared(end, work, where)
 
-    def _run(self, work: Mapping[Any, Track]) -> dict[Any, tuple[Floats, tuple[str | None, ...]]]:
+    def _run(self, work: Mapping[Any, _Values]) -> dict[Any, tuple[Floats, tuple[str | None, ...]]]:
         """Group, origin and request → [N, F, H, 1 + Q] and reasons. The same group of several requests is one
         run of the model, in which each is a window."""
         found: dict[Any, tuple[Floats, tuple[str | None, ...]]] = {}
@@ -356,25 +375,30 @@ class Live:
             self._remembered.clear()
         for group, keys in by_group.items():
             if isinstance(group, int):
-                batch = _stack([self._batch(group, key[1], work[key]) for key in keys])
+                batch = _stack([self._batch(group, key[1], work[key]()) for key in keys])
             else:
-                batch = self._unknown([str(key[0]) for key in keys], group[1], [work[key] for key in keys])
+                batch = self._unknown(group[1], [work[key]() for key in keys])
             for key, one in zip(keys, self._forecast(batch), strict=True):
                 found[key] = one
                 if key[2] == -1:
                     self._remembered[key] = one
         return found
 
-    def _batch(self, group: int, end: int, track: Track) -> Batch:
-        """A group's window that ends where a forecast begins."""
-        values = track.until(end, self.data.context)
-        return self._window(self.data.groups[group], end, values, *self.graphs[group])
+    def _members(self, group: int, end: int, tracks: Sequence[Track]) -> Floats:
+        """[K, N, F] the values of a group's own entities and of its border, as the tracks have them."""
+        seen = {home: tracks[home].until(end, self.data.context) for home in self._homes[group]}
+        border = [seen[home][:, [place]] for home, place in self._border[group]]
+        return np.concatenate([seen[group], *border], axis=1)
 
-    def _unknown(self, names: Sequence[str], end: int, tracks: Sequence[Track]) -> Batch:
+    def _batch(self, group: int, end: int, values: Floats) -> Batch:
+        """A group's window that ends where a forecast begins."""
+        own = len(self.data.groups[group])
+        return self._window(self._nodes[group], own, end, values, *self.graphs[group])
+
+    def _unknown(self, end: int, values: Sequence[Floats]) -> Batch:
         """A window of each of some unknown entities, without edges."""
-        values = np.concatenate([track.until(end, self.data.context) for track in tracks], axis=1)
-        found = self._window(tuple(names), end, values, *NO_EDGES)
-        count = len(names)
+        count = len(values)
+        found = self._window(np.full(count, -1), count, end, np.concatenate(values, axis=1), *NO_EDGES)
         tensors = {}
         for name in _OF_WINDOWS:
             part: torch.Tensor = getattr(found, name)
@@ -383,19 +407,25 @@ class Live:
         return Batch(edges=found.edges, nodes=found.nodes[:1], **tensors)
 
     def _window(
-        self, names: tuple[str, ...], end: int, values: Floats, ends: NDArray[np.int64], weight: Floats
+        self,
+        nodes: NDArray[np.int64],
+        own: int,
+        end: int,
+        values: Floats,
+        ends: NDArray[np.int64],
+        weight: Floats,
     ) -> Batch:
-        """The window of some entities that ends at the step `end`, with values [K, N, F] until then."""
+        """The window of some entities, `own` of which are forecast, that ends at the step `end`, with values
+        [K, N, F] until then."""
         first = end - len(values)
         shard = Shard(path="", edges="", group=0, start=end, stop=end + 1, first=first, last=end)
         index, times = torch.from_numpy(ends), torch.zeros(len(weight), dtype=torch.int64)
         edges = SliceEdges.build(torch.tensor([0]), times, index[0], index[1], torch.from_numpy(weight))
-        manifest = self.data.model_copy(update={"groups": (names,)})
-        opened = OpenShard(manifest, shard, values, edges, self.selected.scaler, self.selected.entities)
+        opened = OpenShard(self.data, shard, values, edges, nodes, own, self.selected.scaler)
         return opened.batch(np.array([end]))
 
     def _forecast(self, batch: Batch) -> list[tuple[Floats, tuple[str | None, ...]]]:
-        """[N, F, H, 1 + Q] and reasons, for each window."""
+        """[O, F, H, 1 + Q] and reasons, for each window."""
         scaler = self.selected.scaler
         rung = self.model or self.naive
         name = self.selected.rung if self.model is not None else self.selected.naive
@@ -404,13 +434,13 @@ class Live:
         low, high = bounds(self.data.metrics)
         found = []
         for window in range(len(batch.origins)):
-            share = batch.mask[window].float().mean((0, 2)).numpy()
+            share = batch.mask[window, :, : batch.own].float().mean((0, 2)).numpy()
             finite = np.isfinite(own.mean[window]).all((0, 2))
             finite &= np.isfinite(own.quantiles[window]).all((0, 2, 3))
             naive = (share < SHARE) | ~finite
             mean = np.where(naive[:, None], stand_in.mean[window], own.mean[window])
             quantiles = np.where(naive[:, None, None], stand_in.quantiles[window], own.quantiles[window])
-            stranger = batch.nodes.numpy() < 0
+            stranger = batch.nodes[: batch.own].numpy() < 0
             wide = mean[..., None] + _WIDER * (quantiles - mean[..., None])
             quantiles = np.where(stranger[:, None, None], wide, quantiles)
             values = np.concatenate(
@@ -435,7 +465,7 @@ class _Prepared:
     """What a request needs to be run, and where its entities are in it."""
 
     end: int
-    work: dict[_Key, Track]
+    work: dict[_Key, _Values]
     where: list[tuple[_Key, int]]
 
     def answer(self, found: Mapping[Any, tuple[Floats, tuple[str | None, ...]]], data: Manifest) -> Answer:

@@ -56,33 +56,40 @@ class Past:
         What the windows do not have, or not any more, is missing here; a forecast is no worse for it.
         """
         found = np.full((steps, len(entities), len(metrics)), np.nan, np.float32)
-        ends, weights = [NO_EDGES[0]], [NO_EDGES[1]]
+        ends, weights, outward = [NO_EDGES[0]], [NO_EDGES[1]], [np.zeros(0, bool)]
         try:
             data = manifests.load(store, windows)
             if data.step == step:
                 places = {name: place for place, name in enumerate(entities)}
                 for shard in data.last_shards:
-                    own = np.array([places.get(name, -1) for name in data.groups[shard.group]])
-                    _place(found, _before(store, data, shard, issued, steps), own, data.metrics, metrics)
+                    nodes = np.array([places.get(name, -1) for name in data.members(shard.group)])
+                    own = len(data.groups[shard.group])
+                    before = _before(store, data, shard, issued, steps)
+                    _place(found, before, nodes[:own], data.metrics, metrics)
                     index, weight = graph_at(store, data, shard, issued)
-                    known = (own[index] >= 0).all(0)
-                    ends.append(own[index][:, known])
+                    known = (nodes[index] >= 0).all(0)
+                    ends.append(nodes[index][:, known])
                     weights.append(weight[known])
+                    outward.append(index[1, known] >= own)
         except (InputError, OSError) as error:
             log.warning("serve: no history and no graph of the forecast: %s", error)
-        return cls(found, np.concatenate(ends, axis=1), np.concatenate(weights))
+        graph, once = np.concatenate(ends, axis=1), ~np.concatenate(outward)
+        # An edge between two groups may be in both: it counts where it ends.
+        pair = graph[0] * len(entities) + graph[1]
+        once |= ~np.isin(pair, pair[once])
+        return cls(found, graph[:, once], np.concatenate(weights)[once])
 
 
 def graph_at(store: Store, data: Manifest, shard: Shard, time: int) -> tuple[Places, Floats]:
-    """[2, E] places within the group, and [E] weights: the graph that is known at a Unix time."""
+    """[2, E] places among the group's members, and [E] weights: the graph that is known at a Unix time."""
     slices = read_edges(store, data, shard)
     chosen = last_complete(torch.tensor([time]), slices.starts, data.slice)
-    edges = slices.batch(chosen, len(data.groups[shard.group]))
+    edges = slices.batch(chosen, len(data.members(shard.group)))
     return edges.index.numpy(), edges.weight.numpy()
 
 
 def _before(store: Store, data: Manifest, shard: Shard, issued: int, steps: int) -> Floats:
-    """[up to `steps`, N of the group, F of the windows] before a time."""
+    """[up to `steps`, own entities of the group, F of the windows] before a time."""
     stop = max(0, (issued - data.start) // data.step - shard.first)
     return read_values(store, data, shard)[:stop][-steps:]
 

@@ -22,8 +22,10 @@ from fleetcast.windows import order
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest, Part
 
-#: Windows that one task evaluates.
+#: Windows that one task evaluates; of many groups a task has so many more that there are at most so many
+#: tasks: what they found is added up in one process.
 _WINDOWS_PER_TASK = 64
+_MOST_TASKS = 256
 _BATCH = 16
 
 
@@ -66,21 +68,30 @@ def _measure(
     part: Part,
     shifts: dict[str, NDArray[np.float64]] | None,
 ) -> tuple[dict[str, Measured], int]:
-    items = [
-        {"shard": index, "origins": origins.tolist(), "file": f"{work}/{part}-{number:05d}.npz"}
-        for number, (index, origins) in enumerate(order.evaluation(manifest, part, _WINDOWS_PER_TASK))
+    plan = order.evaluation(manifest, part, _WINDOWS_PER_TASK)
+    share = -(-len(plan) // _MOST_TASKS)
+    items: list[dict[str, Any]] = [
+        {
+            "plan": [(index, origins.tolist()) for index, origins in plan[first : first + share]],
+            "file": f"{work}/{part}-{first:05d}.npz",
+        }
+        for first in range(0, len(plan), share)
     ]
+    saved = saving.Saved(store, folder)
 
     def work_on(item: dict[str, Any]) -> dict[str, Any]:
         if not store.exists(item["file"]):
-            ladder = backtest.rungs(manifest, saving.load(store, folder), name)
-            origins = np.asarray(item["origins"], np.int64)
-            plan = [(item["shard"], origins[i : i + _BATCH]) for i in range(0, len(origins), _BATCH)]
+            ladder = backtest.rungs(manifest, saved.model, name)
+            plan = [
+                (index, np.array(origins[i : i + _BATCH], np.int64))
+                for index, origins in item["plan"]
+                for i in range(0, len(origins), _BATCH)
+            ]
             batches = Shards(store, manifest, most=1).batches(plan)
             measured = backtest.measure(batches, ladder, manifest.scaler, QUANTILES, manifest.horizon, shifts)
             with store.write(item["file"]) as file:
                 backtest.save(measured, file)
-        return {"windows": len(item["origins"])}
+        return {"windows": sum(len(origins) for _, origins in item["plan"])}
 
     receipts = spread(items, work_on, f"evaluation of the {part} part", "windows")
     total: dict[str, Measured] = {}

@@ -155,7 +155,7 @@ def opened(data: dict[str, Data]) -> dict[str, Any]:
     found = {}
     for name, one in data.items():
         m = one.manifest
-        size = sum((s.last - s.first) * len(m.groups[s.group]) for s in m.shards) * len(m.metrics) * _BYTES
+        size = sum((s.last - s.first) * len(m.members(s.group)) for s in m.shards) * len(m.metrics) * _BYTES
         if size <= room:
             room -= size
             found[name] = open_all.remote(one)

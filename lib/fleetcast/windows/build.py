@@ -1,19 +1,22 @@
 """Telemetry and dependencies → shards, in two passes over files.
 
 First each telemetry file is taken apart by entity group, brought to the dataset's step, and written with one
-row group per entity group; the same for each file of dependencies. Then each shard reads its row groups of
+record batch per entity group; the same for each file of dependencies. Then each shard reads its batches of
 the days it touches. No pass holds more than one file or one shard.
+
+What lies between the passes is Arrow's file format: to find one batch of thousands costs next to nothing,
+where Parquet would have each reader parse the figures of all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from fleetcast import schemas
@@ -54,17 +57,51 @@ class Grid(Options):
         )
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where the entities of the telemetry lie in the groups and on their borders."""
+
+    own: pl.DataFrame
+    """`entity` of the telemetry → `group` and `index` of the unit that is forecast; several entities may
+    share one, as containers of a service do."""
+    border: pl.DataFrame
+    """`home` and `place`, a unit's own group and index → each `group` that it borders, and its `index`
+    there."""
+
+    @classmethod
+    def of(cls, draft: Manifest, units: pl.DataFrame) -> Places:
+        """Of telemetry whose `entity` is part of a `unit`, which is one of the manifest's names."""
+        own = _axis(draft.groups, [0] * len(draft.groups))
+        border = _axis(draft.borders, [len(group) for group in draft.groups])
+        home = own.rename({"group": "home", "index": "place"})
+        return cls(
+            units.join(own, on="unit").select("entity", "group", "index"),
+            border.join(home, on="unit").select("home", "place", "group", "index"),
+        )
+
+
+def _axis(groups: tuple[tuple[str, ...], ...], first: list[int]) -> pl.DataFrame:
+    """`unit`, `group` and `index` of all names; those of a group count from its `first`."""
+    sizes = [len(group) for group in groups]
+    index = [start + np.arange(size) for start, size in zip(first, sizes, strict=True)]
+    return pl.DataFrame(
+        {
+            "unit": [name for group in groups for name in group],
+            "group": np.repeat(np.arange(len(groups)), sizes),
+            "index": np.concatenate([np.zeros(0, np.int64), *index]),
+        },
+        schema={"unit": pl.String, "group": pl.Int32, "index": pl.Int32},
+    )
+
+
 def _is_maximum(metric: str) -> bool:
     return metric.endswith("_max")
 
 
-def split_telemetry(
-    store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid
-) -> dict[str, Any]:
-    """One telemetry file → rows of (`step`, `index`, sums, counts, maxima), one row group per entity group.
+def split_telemetry(store: Store, source: str, target: str, places: Places, grid: Grid) -> dict[str, Any]:
+    """One telemetry file → rows of (`step`, `index`, sums, counts, maxima), one batch per entity group.
 
-    `units` maps `entity` to its `group` and `index`; several entities may share one, as containers of a
-    service do. Returns which group lies in which row group.
+    Rows of an entity go to its own group and to all that it borders. Returns which group lies in which batch.
     """
     table: Any = pl.from_arrow(store.read_table(source, columns=["entity", "time", *grid.metrics]))
     step = (pl.col("time").dt.epoch("s") - grid.start) // grid.step
@@ -81,44 +118,57 @@ def split_telemetry(
         table.lazy()
         .with_columns(pl.col("entity").cast(pl.String), step=step.cast(pl.Int32))
         .filter(pl.col("step").is_between(0, grid.steps - 1))
-        .join(units.lazy(), on="entity")
+        .join(places.own.lazy(), on="entity")
         .group_by("group", "step", "index")
         .agg(parts)
-        .sort("group", "step", "index")
         .collect()
     )
-    return {"groups": _write_by_group(store, target, rows)}
+    bordering = rows.rename({"group": "home", "index": "place"}).join(places.border, on=["home", "place"])
+    both = pl.concat([rows, bordering.select(rows.columns)]).sort("group", "step", "index")
+    return {"groups": _write_by_group(store, target, both)}
 
 
-def split_dependencies(
-    store: Store, source: str, target: str, units: pl.DataFrame, grid: Grid
-) -> dict[str, Any]:
-    """One file of dependencies → its edges inside entity groups, kinds combined, one row group per group."""
+def split_dependencies(store: Store, source: str, target: str, places: Places, grid: Grid) -> dict[str, Any]:
+    """One file of dependencies → its edges in entity groups, kinds combined, one batch per group.
+
+    A group has the edges with at least one end among its own entities, whose other end is its own or on its
+    border. Those between two of the border say little: most of what flows into a border entity comes from
+    where the group does not see.
+    """
     table: Any = pl.from_arrow(store.read_table(source))
-    edges = combine(table.with_columns(pl.col("source", "target").cast(pl.String)), grid.kinds)
-    inside = (
-        edges.join(units.select(source="entity", group="group", **{"from": "index"}), on="source")
-        .join(units.select(target="entity", other="group", to="index"), on="target")
-        .filter(pl.col("group") == pl.col("other"))
-        .select("group", "time", "weight", source="from", target="to")
-        .sort("group", "time", "target", "source")
+    edges = (
+        combine(table.with_columns(pl.col("source", "target").cast(pl.String)), grid.kinds)
+        .join(places.own.select(source="entity", source_group="group", **{"from": "index"}), on="source")
+        .join(places.own.select(target="entity", target_group="group", to="index"), on="target")
     )
-    return {"groups": _write_by_group(store, target, inside)}
+    ends: dict[str, Any] = {"source": "from", "target": "to"}
+    columns = ("group", "time", "weight", "source", "target")
+    same = pl.col("source_group") == pl.col("target_group")
+    inside = edges.filter(same).select("time", "weight", group="source_group", **ends)
+    across = edges.filter(~same)
+    at = ["home", "place", "group"]
+    into = across.join(places.border, left_on=["source_group", "from", "target_group"], right_on=at)
+    out = across.join(places.border, left_on=["target_group", "to", "source_group"], right_on=at)
+    into = into.select("time", "weight", group="target_group", **ends | {"source": "index"})
+    out = out.select("time", "weight", group="source_group", **ends | {"target": "index"})
+    found = pl.concat([part.select(columns) for part in (inside, into, out)])
+    return {"groups": _write_by_group(store, target, found.sort("group", "time", "target", "source"))}
 
 
 def _write_by_group(store: Store, target: str, rows: pl.DataFrame) -> list[int]:
-    """Writes rows sorted by `group`, without that column; returns the groups in order of the row groups."""
-    groups = rows["group"].unique().sort().to_list()
-    schema = rows.drop("group").head(0).to_arrow().schema
-    with store.write(target) as file, pq.ParquetWriter(file, schema, compression="lz4") as writer:
-        for group in groups:
-            writer.write_table(rows.filter(pl.col("group") == group).drop("group").to_arrow().cast(schema))
+    """Writes rows sorted by `group`, without that column; returns the groups in order of the batches."""
+    groups, first = np.unique(rows["group"].to_numpy(), return_index=True)
+    table = rows.drop("group").to_arrow().combine_chunks()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with store.write(target) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+        for low, high in pairwise([*first.tolist(), len(table)]):
+            writer.write_table(table.slice(low, high - low))
     return [int(group) for group in groups]
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a shard finds rows of its group."""
+    """Where a shard finds rows of its group: a record batch of a file."""
 
     path: str
     number: int
@@ -126,11 +176,11 @@ class RowGroup:
 
 def read_row_groups(store: Store, parts: list[RowGroup]) -> pl.DataFrame | None:
     """The rows of all parts, or None if there are no parts."""
-    tables = []
+    batches = []
     for part in parts:
         with store.fs.open(store.path(part.path), "rb") as file:
-            tables.append(pq.ParquetFile(file).read_row_group(part.number))
-    frame: Any = pl.from_arrow(pa.concat_tables(tables)) if tables else None
+            batches.append(pa.ipc.open_file(file).get_batch(part.number))
+    frame: Any = pl.from_arrow(pa.Table.from_batches(batches)) if batches else None
     return frame
 
 
@@ -139,16 +189,19 @@ def build_shard(
     grid: Grid,
     shard: Shard,
     entities: tuple[str, ...],
+    border: tuple[str, ...],
     telemetry: list[RowGroup],
     edges: list[RowGroup],
     targets: tuple[str, str],
 ) -> dict[str, Any]:
-    """Writes a shard's values and edges to `targets`; returns what the scaler needs to know of it."""
-    dense = _dense(grid, shard, len(entities), read_row_groups(store, telemetry))
-    store.write_table(targets[0], _long(grid, shard, entities, dense))
+    """Writes the values and edges of a group's own entities and its border to `targets`; returns what the
+    scaler needs to know of its own."""
+    members = entities + border
+    dense = _dense(grid, shard, len(members), read_row_groups(store, telemetry))
+    store.write_table(targets[0], _long(grid, shard, members, dense))
     found = read_row_groups(store, edges)
     store.write_table(targets[1], _shard_edges(grid, shard, found))
-    return _statistics(grid, shard, dense)
+    return _statistics(grid, shard, dense[:, : len(entities)])
 
 
 def _dense(grid: Grid, shard: Shard, entities: int, rows: pl.DataFrame | None) -> NDArray[np.float32]:
@@ -188,7 +241,7 @@ def _long(grid: Grid, shard: Shard, entities: tuple[str, ...], dense: NDArray[np
 
 
 def _shard_edges(grid: Grid, shard: Shard, found: pl.DataFrame | None) -> pa.Table:
-    """`time` of the slice, `source` and `target` as positions in the group's entities, `weight`."""
+    """`time` of the slice, `source` and `target` as positions among the group's members, `weight`."""
     empty = pl.Schema(
         {"time": pl.Datetime("ms", "UTC"), "source": pl.Int32(), "target": pl.Int32(), "weight": pl.Float32()}
     )
@@ -248,8 +301,9 @@ def summarise(
     A constant metric has std 1; an entity whose metric is constant, or was never observed, has the metric's.
     """
     entities = {group: len(s["count"]) for group, s in zip(groups, statistics, strict=True)}
-    first = {group: sum(entities[g] for g in entities if g < group) for group in entities}
-    place = [slice(first[g], first[g] + entities[g]) for g in groups]
+    ordered = sorted(entities)
+    stop = dict(zip(ordered, np.cumsum([entities[group] for group in ordered]).tolist(), strict=True))
+    place = [slice(stop[g] - entities[g], stop[g]) for g in groups]
     each: dict[str, NDArray[np.float64]] = {}
     for name in statistics[0]:
         each[name] = np.zeros((sum(entities.values()), len(statistics[0][name][0])))
@@ -267,16 +321,15 @@ def summarise(
     pooled_mean = total["sum"] / count
     between = (each["count"] * (mean - pooled_mean) ** 2).sum(0)
     pooled_std = _not_constant(np.sqrt((squares.sum(0) + between) / count), pooled_mean, np.ones(1))
-    scaler = Scaler(mean=tuple(pooled_mean), std=tuple(pooled_std))
+    of_entity = {}
     if by_entity:
         seen = each["count"] > 0
         std = _not_constant(np.sqrt(squares / np.maximum(each["count"], 1)), mean, pooled_std)
-        scaler = scaler.model_copy(
-            update={
-                "entity_mean": tuple(map(tuple, np.where(seen, mean, pooled_mean).tolist())),
-                "entity_std": tuple(map(tuple, np.where(seen, std, pooled_std).tolist())),
-            }
-        )
+        of_entity = {
+            "entity_mean": tuple(map(tuple, np.where(seen, mean, pooled_mean).tolist())),
+            "entity_std": tuple(map(tuple, np.where(seen, std, pooled_std).tolist())),
+        }
+    scaler = Scaler(mean=tuple(pooled_mean), std=tuple(pooled_std), **of_entity)
     seasonal = total["seasonal_sum"] / np.maximum(total["seasonal_count"], 1)
     return Summary(
         scaler,

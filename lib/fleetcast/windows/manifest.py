@@ -9,6 +9,7 @@ is known by then. So no target is ever seen in two parts.
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -22,7 +23,7 @@ from fleetcast.store import MANIFEST, Store
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
-FORMAT = 2
+FORMAT = 3
 
 
 class Scaler(Options):
@@ -41,10 +42,13 @@ class Scaler(Options):
         if not self.entity_mean:
             return tuple(np.broadcast_to(part, (len(nodes), len(part))) for part in (mean, std))  # type: ignore[return-value]
         known = (nodes >= 0)[:, None]
-        return (
-            np.where(known, np.array(self.entity_mean)[nodes], mean),
-            np.where(known, np.array(self.entity_std)[nodes], std),
-        )
+        of_entity = self._of_entity
+        return np.where(known, of_entity[0][nodes], mean), np.where(known, of_entity[1][nodes], std)
+
+    @cached_property
+    def _of_entity(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """As arrays, made once: `of` is asked for every batch."""
+        return np.array(self.entity_mean), np.array(self.entity_std)
 
 
 class Shard(Options):
@@ -89,7 +93,9 @@ class Manifest(Options):
     boundaries: tuple[int, int]
     """First step of the validation and of the test part."""
     groups: tuple[tuple[str, ...], ...]
-    """Entities of each group, in the order of the shards' entity axis."""
+    """Entities of each group; every entity is in exactly one. Only these are forecast, scored and counted."""
+    borders: tuple[tuple[str, ...], ...]
+    """Of each group the entities of other groups whose load flows into it: context, never targets."""
     scaler: Scaler
     seasonal_error: tuple[float, ...]
     """Mean absolute difference of each metric to the step one (first) lag before, on the training part: the
@@ -109,6 +115,15 @@ class Manifest(Options):
     def names(self) -> tuple[str, ...]:
         """All entities, group after group."""
         return tuple(name for group in self.groups for name in group)
+
+    def members(self, group: int) -> tuple[str, ...]:
+        """The entity axis of a group's shards: its own entities, then its border."""
+        return self.groups[group] + self.borders[group]
+
+    def nodes(self, group: int) -> NDArray[np.int64]:
+        """[N] positions of a group's members in `names`."""
+        places = places_of(self.groups)
+        return np.array([places[name] for name in self.members(group)], np.int64)
 
     @property
     def last_shards(self) -> tuple[Shard, ...]:
@@ -137,6 +152,12 @@ class Manifest(Options):
         """How many origins a part has (each counts all entities)."""
         low, high = self.bounds(part)
         return max(0, high - self.horizon + 1 - max(low, self.history))
+
+
+@lru_cache(maxsize=2)
+def places_of(groups: tuple[tuple[str, ...], ...]) -> dict[str, int]:
+    """Entity → its position among all, group after group. Not to be changed: it is made once."""
+    return {name: place for place, name in enumerate(name for group in groups for name in group)}
 
 
 def context(history: int, lags: tuple[int, ...], max_gap: int) -> int:
@@ -188,6 +209,9 @@ class ShardOptions(Options):
     """Metrics to read and forecast; `<metric>_max` is the maximum within the bin."""
     step: Seconds = Field(900, ge=1)
     """Width of a step [s, or 15min]; a multiple of the telemetry's, whose bins are averaged."""
+    span: Seconds | None = Field(None, ge=1)
+    """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
+    there is telemetry of in them; all of it if not given."""
     history: Seconds = 86_400
     """Look-back [s, or 1d]."""
     horizon: Seconds = 86_400
@@ -206,6 +230,9 @@ class ShardOptions(Options):
     """Kinds of dependencies that become edges."""
     group_size: int = Field(64, ge=1)
     """Most entities of a group; more are cut along the dependency graph."""
+    border: int = Field(16, ge=0)
+    """Most entities of other groups that a group also sees: those that send the most load into it. They are
+    context alone, forecast and counted in their own group. 0: groups see nothing of each other."""
     entities: int | None = Field(None, ge=1)
     """Only so many of the entities, drawn at random but always the same: of two numbers, the larger draws all
     that the smaller does. All of them if not given."""
@@ -234,4 +261,11 @@ class ShardOptions(Options):
         for lag in self.lags:
             if lag % self.step:
                 raise ValueError(f"lag ({lag} s) must be a multiple of step ({self.step} s)")
+        if self.span is not None:
+            try:
+                boundaries(
+                    self.span // self.step, self.split, self.history // self.step, self.horizon // self.step
+                )
+            except InputError as error:
+                raise ValueError(f"span ({self.span} s) is too short: {error}") from error
         return self

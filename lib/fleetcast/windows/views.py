@@ -7,7 +7,7 @@ does not grow with the look-back.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from fleetcast.windows.manifest import Manifest, Scaler, Shard
 
 
 class OpenShard:
-    """The steps [first, last) of one group, scaled, with gaps filled and what was observed remembered."""
+    """The steps [first, last) of one group and its border, scaled, with gaps filled and what was observed
+    remembered."""
 
     @classmethod
     def read(
@@ -33,12 +34,16 @@ class OpenShard:
         manifest: Manifest,
         shard: Shard,
         scaler: Scaler | None = None,
-        known: Sequence[str] | None = None,
+        known: Mapping[str, int] | None = None,
     ) -> OpenShard:
-        """Reads the shard. `scaler` and `known` (entities) replace the dataset's own where a model brings
-        others."""
-        values, edges = read_values(store, manifest, shard), read_edges(store, manifest, shard)
-        return cls(manifest, shard, values, edges, scaler, known)
+        """Reads the shard. `scaler` and `known` (entity → its place) replace the dataset's own where a model
+        brings others."""
+        values, edges = read_values(store, manifest, shard, border=True), read_edges(store, manifest, shard)
+        nodes = manifest.nodes(shard.group)
+        if known is not None:
+            nodes = np.array([known.get(name, -1) for name in manifest.members(shard.group)], np.int64)
+        own = len(manifest.groups[shard.group])
+        return cls(manifest, shard, values, edges, nodes, own, scaler)
 
     def __init__(
         self,
@@ -46,16 +51,17 @@ class OpenShard:
         shard: Shard,
         values: NDArray[np.float32],
         edges: SliceEdges,
+        nodes: NDArray[np.int64],
+        own: int,
         scaler: Scaler | None = None,
-        known: Sequence[str] | None = None,
     ) -> None:
-        """Of values [T, N, F] in original units, NaN where missing, and the group's edges."""
+        """Of values [T, N, F] in original units, NaN where missing, of which the first `own` entities are the
+        group's and the others its border; and the edges between them."""
         self.manifest = manifest
         self.shard = shard
-        places = {name: place for place, name in enumerate(manifest.names if known is None else known)}
-        nodes = np.array([places.get(name, -1) for name in manifest.groups[shard.group]])
         self.nodes = nodes
         """[N] int64 which entities they are, as in a batch."""
+        self.own = own
         mean, std = (part.astype(np.float32) for part in (scaler or manifest.scaler).of(nodes))
         scaled = (values - mean) / std
         filled = interpolate(scaled, manifest.max_gap)
@@ -99,7 +105,7 @@ class OpenShard:
         m = self.manifest
         at = torch.from_numpy(origins)[:, None] - self.shard.first
         past, future = at + torch.arange(-(history or m.history), 0), at + torch.arange(m.horizon)
-        y, y_mask = self._observations(future)
+        y, y_mask = (part[:, :, : self.own] for part in self._observations(future))
         seasonal_x, seasonal_x_mask = self._seasons(past)
         seasonal, seasonal_mask = self._seasons(future)
         return Batch(
@@ -119,8 +125,9 @@ class OpenShard:
         )
 
     def last_steps(self, most: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The last `most` steps or all there are: scaled values [T, N, F], and which are observed."""
-        return self._scaled[-most:].numpy(), self._observed[-most:].numpy()
+        """The last `most` steps or all there are, of own entities: scaled values [T, O, F], and which are
+        observed."""
+        return self._scaled[-most:, : self.own].numpy(), self._observed[-most:, : self.own].numpy()
 
     def _seasons(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """[B, K, N, F, S] values one lag before `steps` [B, K], and which are observed."""
@@ -167,7 +174,7 @@ class OpenShard:
         m = self.manifest
         seconds = torch.from_numpy(origins * m.step + m.start)
         slices = last_complete(seconds, self._edges.starts, m.slice)
-        return self._edges.batch(slices, len(m.groups[self.shard.group]))
+        return self._edges.batch(slices, len(self.nodes))
 
 
 def _take(steps: Tensor, at: Tensor) -> Tensor:
@@ -175,16 +182,18 @@ def _take(steps: Tensor, at: Tensor) -> Tensor:
     return steps.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
-def read_values(store: Store, manifest: Manifest, shard: Shard) -> NDArray[np.float32]:
-    """[T, N, F] in original units, NaN where missing."""
+def read_values(store: Store, manifest: Manifest, shard: Shard, border: bool = False) -> NDArray[np.float32]:
+    """[T, N, F] in original units, NaN where missing: of a group's own entities, or of its border as well."""
     table = store.read_table(shard.path, columns=list(manifest.metrics))
     columns = [table[metric].to_numpy() for metric in manifest.metrics]
-    shape = (shard.last - shard.first, len(manifest.groups[shard.group]), len(columns))
-    return np.stack(columns, axis=-1).astype(np.float32, copy=False).reshape(shape)
+    shape = (shard.last - shard.first, len(manifest.members(shard.group)), len(columns))
+    values = np.stack(columns, axis=-1).astype(np.float32, copy=False).reshape(shape)
+    return values if border else values[:, : len(manifest.groups[shard.group])]
 
 
 def read_edges(store: Store, manifest: Manifest, shard: Shard) -> SliceEdges:
-    """The shard's edges, on the grid of all slices it touches: one without edges is empty, not absent."""
+    """The shard's edges between places among the members, on the grid of all slices it touches: one without
+    edges is empty, not absent."""
     table: Any = pl.from_arrow(store.read_table(shard.edges))
     low = manifest.start + manifest.step * shard.first
     high = manifest.start + manifest.step * shard.last
