@@ -185,7 +185,7 @@ class Store:
     def has(self, files: Iterable[str]) -> bool:
         """Whether all of these files are there; their folders are listed, the files are not asked for."""
         files = set(files)
-        folders = {name.split("/", 1)[0] for name in files}
+        folders = {name.rsplit("/", 1)[0] for name in files}
         return files.issubset(name for folder in folders for name in self.list(folder))
 
     def remove(self, relative: str) -> None:

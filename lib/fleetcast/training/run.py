@@ -33,6 +33,9 @@ from fleetcast.windows.order import POOL
 
 log = logging.getLogger("fleetcast")
 
+#: Where Ray Train keeps its state and the checkpoints of runs that have not ended.
+WORK = "_work/training"
+
 
 def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
     """Trains, evaluates and saves a model; selects it if it beats the naive rungs on the validation part."""
@@ -111,7 +114,7 @@ def fit(
             ),
             run_config=RunConfig(
                 name=digest,
-                storage_path=store.path("_work/training"),
+                storage_path=store.path(WORK),
                 storage_filesystem=store.arrow_fs,
                 failure_config=FailureConfig(max_failures=options.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -144,6 +147,14 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
             checkpoints.restore(run, Path(folder))
         log.info("train: rank %d goes on after epoch %d", run.rank, run.progress.epoch)
 
+    def keep(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Ray's own copying says nothing of a file that a store did not take."""
+        place = f"{WORK}/{context.get_experiment_name()}/{name}"
+        for part in Path(checkpoint.path).iterdir():
+            with store.write(f"{place}/{part.name}") as file:
+                file.write(part.read_bytes())
+        return ray.train.Checkpoint(store.path(place), store.arrow_fs)
+
     def save(run: Run, figures: dict[str, float]) -> None:
         watch(run, figures)
         with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +162,7 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
             if run.rank == 0:
                 checkpoints.write(run, Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(figures, checkpoint=checkpoint)
+            ray.train.report(figures, checkpoint=checkpoint, checkpoint_upload_fn=keep)
 
     with curves(options.tensorboard if run.rank == 0 else None) as watch:
         train(run, save)
