@@ -194,8 +194,8 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
 
 @pytest.fixture(scope="module")
 def use_s3(object_store: ObjectStore) -> Iterator[Callable[..., S3Options]]:
-    """`use_s3(endpoint_url=…, …)`: so `s3://` is reached from now on; without options the server, all rights.
-    Returns the options."""
+    """`use_s3(endpoint_url=…, …)`: `s3://` is reached so from now on, without options the server with all
+    rights. Returns the options."""
     with pytest.MonkeyPatch.context() as patch:
 
         def use(**options: Any) -> S3Options:

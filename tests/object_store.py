@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,8 @@ class ObjectStore:
 
 @contextmanager
 def serve(folder: Path, *more: str) -> Iterator[ObjectStore]:
-    """The server with its data below `folder`, for the length of the block; its bucket is there and empty.
+    """The server with its data below `folder`, for the length of the block; its bucket is there, and empty if
+    the folder is new.
 
     `more` are options of the server.
     """
@@ -82,7 +83,7 @@ def serve(folder: Path, *more: str) -> Iterator[ObjectStore]:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(exist_ok=True)
     reader = {
         "name": "reader",
         "credentials": [{"accessKey": READER, "secretKey": keys["secretKey"]}],
@@ -112,12 +113,11 @@ def _make_bucket(place: ObjectStore, process: subprocess.Popen[bytes]) -> None:
     while True:
         try:
             fs = place.fs()
-            fs.mkdir(BUCKET)
+            with suppress(FileExistsError):
+                fs.mkdir(BUCKET)
             fs.pipe_file(f"{BUCKET}/ready", b"")  # volumes come a moment after buckets
             fs.rm_file(f"{BUCKET}/ready")
             return
-        except FileExistsError:
-            continue
         except (OSError, BotoCoreError) as error:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{place.log}: {place.log.read_text()[-2000:]}") from error

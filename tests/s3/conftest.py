@@ -12,7 +12,7 @@ from proxy import Proxy, proxy
 
 @pytest.fixture
 def faulty(object_store: ObjectStore, bucket: str, use_s3: Callable[..., S3Options]) -> Iterator[Proxy]:
-    """A proxy before the server, through which `s3://` is reached: three attempts, a second of patience."""
+    """A proxy in front of the server, through which `s3://` is reached: three attempts of a second."""
     with proxy(object_store.endpoint) as place:
         use_s3(endpoint_url=place.endpoint, attempts=3, read_timeout=1)
         yield place

@@ -39,7 +39,8 @@ class Request:
 
 @dataclass
 class Fault:
-    """What happens instead of an answer to the next `times` requests of a method whose path has the text."""
+    """What happens instead of an answer, to the next `times` requests of the method with the text in their
+    path."""
 
     kind: Literal["error", "reset", "cut", "stall", "stall inside"]
     """An answer with `status` and `code`; the connection closed before the answer, or in the middle of its

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -93,6 +95,43 @@ def test_keys_that_may_only_read_are_refused_where_something_is_written(use_s3, 
     with pytest.raises(PermissionError, match="AccessDenied"):
         reader.remove("a.bin")
     assert store.list("") == ["a.bin", "store.json"]
+
+
+def test_a_full_disk_of_a_node_is_told_with_where_to_find_room(tmp_path):
+    """On a small file system that the test mounts in a name space of its own."""
+    small = tmp_path / "small"
+    small.mkdir()
+    write = """
+import polars, pyarrow, sys
+from fleetcast.errors import in_one_line
+from fleetcast.store import Store
+rows = polars.DataFrame({"x": range(1_000_000)})
+for uri in ("memory://bucket/store", sys.argv[1]):
+    store = Store(uri)
+    for save in (lambda f: f.write(bytes(8 << 20)), rows.write_parquet):
+        try:
+            with store.write("a.bin") as file:
+                save(file)
+        except Exception as error:
+            print(in_one_line(error))
+        assert store.list("") == []
+"""
+    mounted = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", mounted, str(small)]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(
+        [*command, sys.executable, "-c", write, f"{small}/store"],
+        env={**os.environ, "TMPDIR": str(small)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    there = (
+        f"{small}: no room for memory://bucket/store/a.bin, expected more room there, or TMPDIR on another"
+    )
+    here = f"{small}/store: no room for {small}/store/a.bin, expected more room there"
+    assert done.stdout.splitlines() == [f"{there} disk"] * 2 + [here] * 2
 
 
 def test_no_keys_at_all_and_an_unknown_profile_are_told(use_s3, bucket, monkeypatch):

@@ -28,7 +28,7 @@ from fleetcast.training.options import TrainOptions
 from fleetcast.training.run import train_model
 from fleetcast.tuning.options import TuneOptions
 from fleetcast.tuning.run import tune
-from object_store import BUCKET
+from object_store import BUCKET, serve
 from proxy import Fault
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -158,6 +158,37 @@ def test_a_raw_file_that_vanishes_after_it_was_found_is_named(bucket, monkeypatc
     assert ingesting.ingest(store, raw.uri, IngestOptions())["rows_read"]["machine_usage"]
 
 
+def test_a_full_server_publishes_nothing_and_with_more_room_ingest_goes_on(use_s3, tmp_path):
+    raw = Store(str(tmp_path / "raw"))
+    synthesize(TRACE, raw)
+    few = ("-volume.max=3", "-master.volumeSizeLimitMB=1")
+    with serve(tmp_path / "server", *few) as place:
+        use_s3(endpoint_url=place.endpoint, profile="fleet", attempts=2)
+        store = Store(f"s3://{BUCKET}/store").open_or_create()
+        with pytest.raises(OSError, match="InternalError") as failure:
+            for number in range(100):
+                with store.write(f"_work/filling/{number}") as file:
+                    file.write(np.random.default_rng(number).bytes(1 << 20))
+        assert failure.value.filename == f"{store.uri}/_work/filling/{number}"
+        with pytest.raises((InputError, OSError)) as failure:
+            ingesting.ingest(store, raw.uri, NIGHT.ingest)
+        told = in_one_line(failure.value)
+        assert told is not None
+        assert f"{store.uri}/" in told
+        assert "\n" not in told
+        assert not store.exists(f"telemetry/{MANIFEST}")
+        assert store.read_json("store.json"), "what is there can be read"
+    with serve(tmp_path / "server") as place:
+        use_s3(endpoint_url=place.endpoint, profile="fleet")
+        store = Store(store.uri)
+        there, here = store, Store(str(tmp_path / "here"))
+        for one in (there, here):
+            assert not ingesting.ingest(one, raw.uri, NIGHT.ingest)["skipped"]
+        assert parts(there) == parts(here)
+    use_s3()
+
+
+@pytest.mark.slow
 def test_training_that_lost_its_store_goes_on_from_its_checkpoint_to_the_same_weights(
     faulty, bucket, dataset
 ):
@@ -196,6 +227,7 @@ def test_training_that_lost_its_store_goes_on_from_its_checkpoint_to_the_same_we
     assert there.read_bytes(weights) == here.read_bytes(weights)
 
 
+@pytest.mark.slow
 def test_a_study_on_s3_finds_what_it_finds_on_a_local_disk(bucket, tmp_path):
     hours = np.arange(240)
     random = np.random.default_rng(0)
