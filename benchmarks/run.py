@@ -20,7 +20,7 @@ from fleetcast.config import BaseJobConfig, parse
 from fleetcast.errors import InputError
 from pydantic import Field
 
-Part = Literal["ingest", "loader", "models", "memory", "tuning"]
+Part = Literal["ingest", "loader", "streaming", "models", "memory", "tuning"]
 #: A quick part of `make bench-models`.
 _MODELS = ("--models=stgnn", "--models=fusion", "--sizes=20", "--sizes=207")
 
@@ -32,9 +32,10 @@ class Config(BaseJobConfig):
     """How much is logged to standard error: DEBUG, INFO, WARNING or ERROR."""
     num_cpus: int = Field(2, ge=1)
     """CPUs of the Ray that is started here, and threads of the job's rivals."""
-    parts: tuple[Part, ...] = ("ingest", "loader", "models", "memory", "tuning")
-    """What is measured: ingest against DuckDB and Polars, the loader against materialised windows, steps of
-    our own models, peak memory over the trace's length, what a trial costs beside its training."""
+    parts: tuple[Part, ...] = ("ingest", "loader", "streaming", "models", "memory", "tuning")
+    """What is measured: ingest against DuckDB and Polars, the loader against materialised windows, training
+    from shards that stream, steps of our own models, peak memory over the trace's length, what a trial costs
+    beside its training."""
     gb: float = Field(1.0, gt=0)
     """Raw csv that ingest reads [GB]."""
     repetitions: int = Field(3, ge=1)

@@ -210,10 +210,9 @@ def use_s3(object_store: ObjectStore) -> Iterator[Callable[..., S3Options]]:
 
 
 @pytest.fixture
-def on_s3(object_store, monkeypatch) -> Callable[[Store], Store]:
+def on_s3(use_s3: Callable[..., S3Options]) -> Callable[[Store], Store]:
     """`on_s3(store)` → the files of a local store on the S3 server, under a prefix of their own."""
-    for name, value in object_store.environment.items():
-        monkeypatch.setenv(name, value)
+    use_s3()
 
     def copy(local: Store) -> Store:
         there = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")

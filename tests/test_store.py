@@ -38,6 +38,8 @@ def test_files_and_tables_come_back_as_they_went(store):
     store.write_table("t/date=2018-01-01/machine.parquet", table)
     assert store.read_table("t/date=2018-01-01/machine.parquet").equals(table)
     assert store.read_table("t/date=2018-01-01/machine.parquet", columns=["cpu"]).column_names == ["cpu"]
+    with pytest.raises(FileNotFoundError, match=r"/t/none\.parquet"):
+        store.read_table("t/none.parquet")
 
 
 def test_a_folder_is_listed_in_order_and_however_deep(store):
