@@ -1,4 +1,4 @@
-"""A store of many machines, written through the project's schemas: what ingest leaves of a large trace."""
+"""A store of many machines, written by the canonical schemas: what ingest would leave of a large trace."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 from fleetcast.errors import InputError
 from fleetcast.graphs import dependencies
-from fleetcast.graphs.cut import cut
+from fleetcast.graphs.cut import _fill as fill
+from fleetcast.graphs.cut import border, cut
 from fleetcast.graphs.sparsify import strongest
 
 NINE = datetime(2018, 1, 1, 9, tzinfo=UTC)
@@ -112,3 +113,48 @@ def test_no_entities_no_edges_and_no_size():
     assert cut(["b", "a", "c"], nothing, 2) == [["a", "b"], ["c"]]
     with pytest.raises(InputError, match="group size 0"):
         cut(["a"], nothing, 0)
+
+
+GROUPS = [["a", "b"], ["c", "d"], ["e", "f", "g"]]
+FLOWS = [
+    ("c", "a", 2.0),
+    ("c", "b", 1.0),  # 3 into the first group
+    ("e", "a", 3.0),
+    ("g", "b", 3.0),
+    ("d", "b", 2.5),
+    ("a", "b", 9.0),  # inside
+    ("a", "f", 9.0),  # out of the first group, into the last
+    ("b", "c", 0.0),  # nothing flows
+    ("x", "c", 9.0),  # not an entity
+]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (0, [[], [], []]),
+        (1, [["c"], [], ["a"]]),  # c, e and g send as much: by name
+        (2, [["c", "e"], [], ["a"]]),
+        (3, [["c", "e", "g"], [], ["a"]]),
+        (9, [["c", "d", "e", "g"], [], ["a"]]),
+    ],
+)
+def test_a_border_holds_those_that_send_the_most_load_into_a_group(most, expected):
+    edges = undirected(FLOWS)
+    assert border(GROUPS, edges, most) == expected
+    assert border(GROUPS, edges.reverse(), most) == expected
+
+
+def test_clusters_fill_groups_as_if_every_group_had_been_looked_at():
+    random = np.random.default_rng(3)
+    sizes = sorted(random.integers(1, 9, 300).tolist(), reverse=True)
+    starts = np.cumsum([0, *sizes])
+    clusters = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=False)]
+    expected: list[list[int]] = []
+    for nodes in clusters:
+        room = [group for group in expected if len(group) + len(nodes) <= 10]
+        if room:
+            max(room, key=len).extend(nodes)
+        else:
+            expected.append(list(nodes))
+    assert fill(clusters, 10) == expected

@@ -6,10 +6,19 @@ import copy
 
 import numpy as np
 import pytest
+import torch
+from fleetcast import models
 from fleetcast.errors import InputError
+from fleetcast.forecasting.predict import ForecastOptions
+from fleetcast.forecasting.run import forecast
+from fleetcast.models.stgnn import StgnnConfig
 from fleetcast.serving.live import SHARE, UNKNOWN, Answer, Asked, Live, Points
 from fleetcast.serving.snapshot import Snapshot, column, newest
 from fleetcast.store import Store
+from fleetcast.training import run
+from fleetcast.training.loop import Progress
+from fleetcast.training.options import TrainOptions
+from fleetcast.training.register import SELECTED
 from night import DAY, METRICS
 
 STEP = 900
@@ -210,3 +219,68 @@ def test_what_was_sent_outlives_another_model(live, fresh):
     found = one(newer, Asked(("m_1", "stranger")))
     assert found.origin == expected.origin
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-5, atol=1e-6)
+
+
+# -- groups and their borders ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bordered(dataset, monkeypatch, ray_cluster) -> Store:
+    """Four entities in two groups: e2 sends its load to e0, and each is on the border of the other's group.
+    An stgnn with its initial weights and its nightly forecast."""
+
+    def untrained(store, manifest, options, geometry, digest):
+        torch.manual_seed(0)
+        return Progress(epoch=1, best_epoch=0), models.build("stgnn", {"hidden": 4}, geometry).state_dict(), 1
+
+    monkeypatch.setattr(run, "fit", untrained)
+    values = np.random.default_rng(4).uniform(0.2, 0.8, (120, 4, 2)).astype(np.float32)
+    edges = [(1_514_764_800 + 3600 * hour, "e2", "e0", 1.0) for hour in range(40)]
+    groups = {"groups": [["e0", "e1"], ["e2", "e3"]], "borders": [["e2"], ["e0"]]}
+    store, _ = dataset(values, edges, **groups, history=8, horizon=4, lags=(16,))
+    run.train_model(store, TrainOptions(windows="test", stgnn=StgnnConfig(hidden=4)))
+    store.write_json(SELECTED, {**store.read_json(SELECTED), "rung": "stgnn"})
+    forecast(store, ForecastOptions(windows="test"))
+    return store
+
+
+def test_a_group_with_a_border_is_forecast_as_in_the_nightly_job(bordered):
+    names = ("e0", "e1", "e2", "e3")
+    found = one(Live.load(bordered, "test"), Asked(names))
+    snapshot = Snapshot.load(bordered, newest(bordered))
+    expected = np.stack([snapshot.values[snapshot.place(name)] for name in names])
+    np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_sent_of_an_entity_reaches_the_groups_that_it_borders(bordered):
+    live = Live.load(bordered, "test")
+    now = end(live)
+    before = one(live, Asked(("e0", "e3"), origin=now)).values
+    burst = points(live, "e2", range(-3, 0), cpu=5.0)
+    asked = one(live, Asked(("e0", "e3"), (burst,), origin=now)).values
+    assert not np.array_equal(asked[0], before[0]), "e2 is on the border of e0"
+    np.testing.assert_array_equal(one(live, Asked(("e0", "e3"), origin=now)).values, before)
+    live.add([burst])
+    sent = one(live, Asked(("e0", "e3"), origin=now)).values
+    np.testing.assert_allclose(sent, asked, rtol=1e-5, atol=1e-6)
+    stranger = points(live, "e1", range(-3, 0), cpu=5.0)
+    alone = one(live, Asked(("e3",), (stranger,), origin=now)).values
+    np.testing.assert_array_equal(alone[0], sent[1], "e1 is on no border")
+
+
+def test_a_border_that_lags_behind_is_a_gap_and_one_that_is_ahead_is_not_seen(bordered):
+    live = Live.load(bordered, "test")
+    now = end(live)
+    at_once = one(live, Asked(("e0",), origin=now)).values
+    live.add([points(live, "e2", range(3), cpu=5.0)])
+    np.testing.assert_array_equal(one(live, Asked(("e0",), origin=now)).values, at_once)
+    live.add([Points("e0", np.array([now + 3 * STEP]), {"cpu": np.array([0.5])})])
+    later = one(live, Asked(("e0", "e1")))
+    assert later.origin == now + 4 * STEP
+    assert np.isfinite(later.values).all()
+
+
+def test_an_edge_between_two_groups_is_in_the_graph_once(bordered):
+    snapshot = Snapshot.load(bordered, newest(bordered))
+    ends = [[snapshot.entities[place] for place in pair] for pair in snapshot.past.ends.T]
+    assert ends == [["e2", "e0"]]

@@ -174,6 +174,30 @@ def test_edges_are_kept_inside_groups_as_positions_and_for_the_slices_a_shard_ma
     ]
 
 
+def test_an_edge_into_or_out_of_a_group_is_kept_where_its_other_end_is_on_the_border(store):
+    """Group 0 is a, b with c on its border; group 1 is c, d with b on its border."""
+    places = units((1, 0, 0, 2), (0, 1, 1, 2), a=(0, 0), b=(0, 1), c=(1, 0), d=(1, 1))
+    rows = [
+        (MIDNIGHT, source, target, "call", 1.0)
+        for source, target in ["ab", "cd", "ca", "bc", "cb", "da", "bd", "ad"]
+    ]
+    names = ["time", "source", "target", "kind", "weight"]
+    table = pl.DataFrame(rows, names, orient="row").cast(
+        {"time": pl.Datetime("ms", "UTC"), "weight": pl.Float32}
+    )
+    store.write_table("d.parquet", table.to_arrow())
+    assert split_dependencies(store, "d.parquet", "s.arrow", places, grid())["groups"] == [0, 1]
+    found = []
+    for group, (own, border) in enumerate([(("a", "b"), ("c",)), (("c", "d"), ("b",))]):
+        links = [RowGroup("s.arrow", group)]
+        build_shard(store, grid(), shard(group), own, border, [], links, ("v.parquet", "e.parquet"))
+        members = own + border
+        rows = store.read_table("e.parquet").to_pylist()
+        found.append({members[row["source"]] + members[row["target"]] for row in rows})
+        assert len(rows) == len(found[-1])
+    assert found == [{"ab", "ca", "bc", "cb"}, {"cd", "bc", "cb", "bd"}]
+
+
 # -- the scaler --------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from fleetcast.windows.views import OpenShard, interpolate
 
 STEPS, ENTITIES = 64, 5
 GROUPS = (("e0", "e2", "e4"), ("e3", "e1"))
+BORDERS = (("e1",), ("e0", "e4"))
 START = 1_514_765_700  # a quarter of an hour after a slice begins
 SLICE = 3600
 
@@ -27,7 +28,7 @@ def telemetry(steps: int = STEPS, seed: int = 0) -> np.ndarray:
 
 
 def edges(start: int, stop: int, seed: int = 0) -> list[tuple[int, str, str, float]]:
-    """In most slices three edges inside groups and one between them; weights that scaling leaves alone."""
+    """In most slices four edges inside groups and two between them; weights that scaling leaves alone."""
     random = np.random.default_rng(seed)
     return [
         (time, f"e{source}", f"e{target}", weight)
@@ -38,6 +39,8 @@ def edges(start: int, stop: int, seed: int = 0) -> list[tuple[int, str, str, flo
             (*random.permutation([0, 2, 4])[:2], 0.5),
             (*random.permutation([1, 3]), 0.25),
             (0, 1, 0.125),
+            (1, 4, 0.0625),
+            (4, 0, 0.0625),  # for the second group: between two of its border
         ]
     ]
 
@@ -69,7 +72,7 @@ def look_back(column: np.ndarray, origin: int, m: Manifest) -> list[float]:
 def materialise(values: np.ndarray, m: Manifest, group: int, origin: int) -> dict[str, torch.Tensor]:
     """One window, copied out of the whole telemetry [T, N, F]."""
     mean, std = (np.float32(part) for part in (m.scaler.mean, m.scaler.std))
-    members = [int(name[1:]) for name in m.groups[group]]
+    members, own = [int(name[1:]) for name in m.members(group)], len(m.groups[group])
     scaled = (values[:, members] - mean) / std
     steps, nodes, metrics = scaled.shape
     beyond = np.full((m.horizon, nodes, metrics), np.nan, np.float32)
@@ -87,8 +90,8 @@ def materialise(values: np.ndarray, m: Manifest, group: int, origin: int) -> dic
     return {
         "x": torch.from_numpy(np.array(x, np.float32).transpose(2, 0, 1).copy()),
         "mask": torch.from_numpy(np.isfinite(scaled[origin - m.history : origin])),
-        "y": torch.from_numpy(np.nan_to_num(y)),
-        "y_mask": torch.from_numpy(np.isfinite(y)),
+        "y": torch.from_numpy(np.nan_to_num(y[:, :own])),
+        "y_mask": torch.from_numpy(np.isfinite(y[:, :own])),
         "seasonal_x": torch.from_numpy(np.nan_to_num(seasonal_x)),
         "seasonal_x_mask": torch.from_numpy(np.isfinite(seasonal_x)),
         "seasonal": torch.from_numpy(np.nan_to_num(seasonal)),
@@ -99,10 +102,11 @@ def materialise(values: np.ndarray, m: Manifest, group: int, origin: int) -> dic
 
 
 def known_edges(graph, m: Manifest, group: int, origin: int) -> list[tuple[int, int, float]]:
-    """The group's edges of the last slice that was over at the origin."""
+    """The edges of the last slice that was over at the origin: between members, one of them its own."""
     at = (m.start + m.step * origin) // SLICE * SLICE - SLICE
-    names = m.groups[group]
-    inside = [e for e in graph if e[0] == at and e[1] in names and e[2] in names]
+    names, own = m.members(group), m.groups[group]
+    of_slice = [e for e in graph if e[0] == at and (e[1] in own or e[2] in own)]
+    inside = [e for e in of_slice if e[1] in names and e[2] in names]
     weights: dict[tuple[int, int], float] = {}
     for _, source, target, weight in inside:
         pair = (names.index(source), names.index(target))
@@ -132,9 +136,10 @@ def origins(m: Manifest, index: int) -> np.ndarray:
 
 @pytest.mark.parametrize("width", [STEPS, 23, 7], ids="shards of {} steps".format)
 @pytest.mark.parametrize("lags, max_gap", [((), 3), ((4,), 3), ((4, 20), 3), ((4,), 0), ((4,), 9)])
-def test_a_windowed_batch_equals_the_materialised_one(dataset, width, lags, max_gap):
+@pytest.mark.parametrize("borders", [None, BORDERS], ids=["no border", "borders"])
+def test_a_windowed_batch_equals_the_materialised_one(dataset, width, lags, max_gap, borders):
     values = telemetry()
-    store, m = dataset(values, groups=GROUPS, width=width, lags=lags, max_gap=max_gap)
+    store, m = dataset(values, groups=GROUPS, borders=borders, width=width, lags=lags, max_gap=max_gap)
     seen = []
     for index, shard in enumerate(m.shards):
         at = origins(m, index)
@@ -150,7 +155,11 @@ def test_a_windowed_batch_equals_the_materialised_one(dataset, width, lags, max_
 
 
 @pytest.mark.parametrize("width", [STEPS, 7], ids="shards of {} steps".format)
-@pytest.mark.parametrize("short", [{}, {"history": 1, "lags": (), "max_gap": 0}], ids=["", "look-back of 1"])
+@pytest.mark.parametrize(
+    "short",
+    [{}, {"history": 1, "lags": (), "max_gap": 0}, {"borders": BORDERS}],
+    ids=["", "look-back of 1", "borders"],
+)
 def test_edges_are_those_of_the_last_slice_that_is_over(dataset, width, short):
     graph = edges(START, START + 900 * STEPS)
     store, m = dataset(telemetry(), graph, groups=GROUPS, width=width, **short)

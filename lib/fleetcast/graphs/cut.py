@@ -60,8 +60,7 @@ def border(groups: list[list[str]], edges: pl.DataFrame, most: int) -> list[list
         .group_by("group", "source", maintain_order=True)
         .agg(pl.col("weight").sum())
         .sort("group", "weight", "source", descending=[False, True, False])
-        .group_by("group", maintain_order=True)
-        .head(most)
+        .filter(pl.int_range(pl.len()).over("group") < most)
     )
     found: list[list[str]] = [[] for _ in groups]
     for group, name in chosen.sort("group", "source").select("group", "source").iter_rows():
