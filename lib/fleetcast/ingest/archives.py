@@ -74,7 +74,7 @@ def index_archives(store: Store, found: list[RawFile], chunk_bytes: int) -> dict
     csv.
     """
     large = [file for file in found if file.size > chunk_bytes and not file.name.endswith(".csv")]
-    new = [file for file in large if not store.exists(_contents(file))]
+    new = [file for file in large if not store.exists(_contents_file(file))]
     if new:
         log.info("ingest: %d archives to index, %.1f GB", len(new), sum(file.size for file in new) / 1e9)
         threads = _threads(len(new))
@@ -84,12 +84,17 @@ def index_archives(store: Store, found: list[RawFile], chunk_bytes: int) -> dict
                 file = RawFile(**item)
                 sender = log_to(queue, file.name)
                 try:
-                    return _index(store, file, threads)
+                    return build_index(store, file, threads)
                 finally:
                     sender.stop()
 
             spread([file.model_dump() for file in new], work, "ingest: archives", measure="bytes")
-    return {file.key: Csv(**store.read_json(_contents(file))) for file in large}
+    return {file.key: contents(store, file) for file in large}
+
+
+def contents(store: Store, file: RawFile) -> Csv:
+    """Where the csv lies in an archive that has an index."""
+    return Csv(**store.read_json(_contents_file(file)))
 
 
 def drop_other_indexes(store: Store, found: Iterable[RawFile]) -> None:
@@ -100,7 +105,7 @@ def drop_other_indexes(store: Store, found: Iterable[RawFile]) -> None:
             store.remove(path)
 
 
-def _contents(file: RawFile) -> str:
+def _contents_file(file: RawFile) -> str:
     return f"{INDEXES}/{file.key}.json"
 
 
@@ -117,8 +122,11 @@ def _threads(archives: int) -> int:
 # -- building ---------------------------------------------------------------------------------------------
 
 
-def _index(store: Store, file: RawFile, threads: int) -> dict[str, Any]:
-    """Reads an archive from end to end and writes its index; returns how many bytes it has."""
+def build_index(store: Store, file: RawFile, threads: int) -> dict[str, Any]:
+    """Reads an archive from end to end and writes its index; returns how many bytes it has.
+
+    Raises InputError naming what is no complete archive of one csv.
+    """
     with _open(file) as raw:
         marked = _Marked(raw, file)
         with _decompressing(file, marked, threads) as stream:
@@ -131,7 +139,7 @@ def _index(store: Store, file: RawFile, threads: int) -> dict[str, Any]:
                     stream.export_index(target, rapidgzip.IndexFormat.GZTOOL)
                 with exported.open("rb") as source, store.write(_points_file(file)) as target:
                     _write_points(source, target, Point(text.position - len(_MARK), file.size, 0, b""))
-    store.write_json(_contents(file), csv.model_dump())
+    store.write_json(_contents_file(file), csv.model_dump())
     return {"bytes": file.size}
 
 
