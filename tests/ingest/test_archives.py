@@ -114,6 +114,17 @@ def test_every_chunk_is_that_of_the_plain_csv(tmp_path, split, monkeypatch, pack
         assert list(archives.blocks(store(tmp_path), one)) == list(files.blocks(other))
 
 
+@pytest.mark.parametrize("packed", PACKED)
+def test_an_index_that_several_threads_have_built_is_as_good(tmp_path, packed):
+    name, content = PACKED[packed]
+    (tmp_path / f"machine_usage{name}").write_bytes(content)
+    (file,) = discover(str(tmp_path / f"machine_usage{name}"), TABLES)
+    archives.build_index(store(tmp_path), file, threads=4)
+    found = chunks([file], 3 * MB, {file.key: archives.contents(store(tmp_path), file)})
+    read = [block for chunk in found for _, block in archives.blocks(store(tmp_path), chunk)]
+    assert b"".join(read) == ROWS
+
+
 def chunks_of(made: Store) -> int:
     """How many chunks the parts of a store came of; a chunk numbers its parts of a place."""
     return len({path.rsplit("/", 1)[-1].rsplit("-", 1)[0] for path in made.list("ingested/parts/machine")})
@@ -214,6 +225,9 @@ def test_a_damaged_archive_is_named_before_any_row_counts(tmp_path, tasks, conte
         ingested_apart(tmp_path, ".csv.gz", content, chunk_mb=1)
     assert not store(tmp_path).list("ingested/parts")
     assert not store(tmp_path).list(archives.INDEXES)
+    (file,) = discover(str(tmp_path / "raw"), TABLES)
+    with pytest.raises(InputError, match=r"machine_usage\.csv\.gz: expected a complete compressed file"):
+        archives.build_index(store(tmp_path), file, threads=4)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ _GROUP = 32
 #: what follows cannot be read as a gzip member any more.
 _MARK = b"fleetcast: the archive is complete"
 _MEMBER = gzip.compress(_MARK, mtime=0)
-#: Several threads decompress without knowing what comes before, at three times the cost of one that does.
-_LEAST_THREADS = 4
+#: Several threads decompress without knowing what comes before, at three times the cost of one that does, so
+#: fewer than these are slower; more than these are faster than a store is read, at some 115 MB each.
+_LEAST_THREADS, _MOST_THREADS = 4, 16
 #: What is fetched from an object store at once, and kept.
 _FETCH = {"cache_type": "background", "block_size": 8 << 20, "cache_options": {"maxblocks": 8}}
 #: What is decompressed and passed over at once: little enough to stay in the processor's cache.
@@ -115,7 +116,7 @@ def _points_file(file: RawFile) -> str:
 
 def _threads(archives: int) -> int:
     """Those of a task, if the CPUs of a node are shared by so many."""
-    threads = len(os.sched_getaffinity(0)) // archives
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)) // archives)
     return threads if threads >= _LEAST_THREADS else 1
 
 
