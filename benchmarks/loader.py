@@ -132,7 +132,7 @@ def main(config: Config) -> None:
 
 
 def _compare(config: Config, store: Store, gaps: float) -> list[list[str]]:
-    manifest = _dataset(store, config, gaps)
+    manifest = dataset(store, config, gaps)
     plan = order.training(manifest, config.batch_size, seed=0, epoch=0)
     views = Shards(store, manifest)
     copies = Materialised(store, manifest, manifest.origins(manifest.shards[0], "train"))
@@ -179,19 +179,36 @@ def _tensors(batch: Batch) -> dict[str, Tensor]:
     return flat | {"index": batch.edges.index, "weight": batch.edges.weight}
 
 
-def _dataset(store: Store, config: Config, gaps: float) -> Manifest:
-    """Noise with `gaps` of its bins missing in stretches of an hour, and random edges in every slice."""
+def dataset(store: Store, shape: LoaderOptions, gaps: float, groups: int = 1) -> Manifest:
+    """Noise with `gaps` of its bins missing in stretches of an hour, and random edges in every slice; each
+    group is a shard."""
     rng = np.random.default_rng(0)
-    steps, n = config.days * 86_400 // _STEP, config.entities
-    metrics = ("cpu", "memory", "disk_io", "net_in", "net_out")
-    draft = _draft(config, metrics, steps)
+    draft = _draft(shape, groups)
+    grid = Grid.of(draft, ("call",))
+    statistics = []
+    for shard in draft.shards:
+        names = draft.groups[shard.group]
+        _write(store, rng, draft, names, gaps)
+        places = Places.of(draft, pl.DataFrame({"entity": names, "unit": names}))
+        split_telemetry(store, "telemetry.parquet", "values.arrow", places, grid)
+        split_dependencies(store, "edges.parquet", "links.arrow", places, grid)
+        parts = ([RowGroup("values.arrow", 0)], [RowGroup("links.arrow", 0)])
+        statistics.append(build_shard(store, grid, shard, names, (), *parts, (shard.path, shard.edges)))
+    summary = summarise(statistics, list(range(groups)))
+    return draft.model_copy(update={"scaler": summary.scaler})
+
+
+def _write(
+    store: Store, rng: np.random.Generator, draft: Manifest, names: tuple[str, ...], gaps: float
+) -> None:
+    """The telemetry and the dependencies of one group."""
+    steps, n = draft.steps, len(names)
     missing = np.repeat(rng.random((-(-steps // 12), n)) < gaps, 12, axis=0)[:steps].reshape(-1)
-    names = draft.groups[0]
     telemetry = pl.DataFrame(
         {
             "entity": np.tile(np.array(names), steps),
             "time": np.repeat((_START + _STEP * np.arange(steps)) * 1000, n),
-            **{metric: rng.random(steps * n, np.float32) for metric in metrics},
+            **{metric: rng.random(steps * n, np.float32) for metric in draft.metrics},
         }
     ).filter(~missing)
     store.write_table("telemetry.parquet", telemetry.cast({"time": pl.Datetime("ms", "UTC")}).to_arrow())
@@ -208,47 +225,39 @@ def _dataset(store: Store, config: Config, gaps: float) -> Manifest:
         "edges.parquet", edges.select(schemas.DEPENDENCIES.names).to_arrow().cast(schemas.DEPENDENCIES)
     )
 
-    grid = Grid(
-        metrics=metrics,
-        start=_START,
-        step=_STEP,
-        steps=steps,
-        lag=None,
-        train=draft.boundaries[0],
-        kinds=("call",),
-    )
-    places = Places.of(draft, pl.DataFrame({"entity": names, "unit": names}))
-    split_telemetry(store, "telemetry.parquet", "values.arrow", places, grid)
-    split_dependencies(store, "edges.parquet", "links.arrow", places, grid)
-    shard = draft.shards[0]
-    parts = ([RowGroup("values.arrow", 0)], [RowGroup("links.arrow", 0)])
-    summary = summarise([build_shard(store, grid, shard, names, (), *parts, (shard.path, shard.edges))], [0])
-    return draft.model_copy(update={"scaler": summary.scaler})
 
-
-def _draft(config: Config, metrics: tuple[str, ...], steps: int) -> Manifest:
-    shard = Shard(
-        path="a.parquet", edges="a-edges.parquet", group=0, start=0, stop=steps, first=0, last=steps
-    )
+def _draft(shape: LoaderOptions, groups: int) -> Manifest:
+    steps = shape.days * 86_400 // _STEP
     return Manifest(
         name="benchmark",
         level="machine",
-        metrics=metrics,
+        metrics=("cpu", "memory", "disk_io", "net_in", "net_out"),
         start=_START,
         step=_STEP,
         steps=steps,
-        history=config.history,
-        horizon=config.horizon,
+        history=shape.history,
+        horizon=shape.horizon,
         lags=(),
         max_gap=12,
         slice=_SLICE,
-        boundaries=manifests.boundaries(steps, (0.6, 0.2, 0.2), config.history, config.horizon),
-        groups=(tuple(f"m_{i}" for i in range(config.entities)),),
-        borders=((),),
+        boundaries=manifests.boundaries(steps, (0.6, 0.2, 0.2), shape.history, shape.horizon),
+        groups=tuple(tuple(f"m_{g}_{i}" for i in range(shape.entities)) for g in range(groups)),
+        borders=((),) * groups,
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),
-        shards=(shard,),
+        shards=tuple(
+            Shard(
+                path=f"windows/benchmark/{g}.parquet",
+                edges=f"windows/benchmark/{g}-edges.parquet",
+                group=g,
+                start=0,
+                stop=steps,
+                first=0,
+                last=steps,
+            )
+            for g in range(groups)
+        ),
         fingerprint="benchmark",
     )
 

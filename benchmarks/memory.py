@@ -122,7 +122,7 @@ def _windows(config: Config) -> ShardOptions:
 def _map(store: Store, source: str, options: IngestOptions) -> list[dict[str, Any]]:
     """The map side alone, as the job's receipts do not tell whose the largest task was."""
     trace = TRACES[options.trace]
-    pieces = chunks(discover(source, trace.tables), options.chunk_mb << 20)
+    pieces = chunks(discover(source, trace.tables), options.chunk_mb << 20, {})
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
         return ingest_chunk(store, Chunk(**item), options)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-# Before polars and Ray are imported: tests have few cores and want no noise.
+# Before polars and Ray are imported: tests have few cores and want no noise. Keys of S3 are those of the
+# server for tests, where Ray's processes find them too, and nobody's own.
 os.environ |= {
+    "AWS_SHARED_CREDENTIALS_FILE": f"{tempfile.gettempdir()}/fleetcast-keys-{os.getpid()}",
+    "AWS_CONFIG_FILE": os.devnull,
+    "AWS_EC2_METADATA_DISABLED": "true",
     "POLARS_MAX_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
@@ -18,15 +26,18 @@ os.environ |= {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
 }
 
+import fsspec
 import numpy as np
 import polars as pl
 import pytest
 from fleetcast import schemas
+from fleetcast.config import S3Options
 from fleetcast.store import MANIFEST, Store
+from fleetcast.store import use_s3 as reach
 from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
-from object_store import ObjectStore, serve
+from object_store import BUCKET, ObjectStore, serve
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700
@@ -175,7 +186,41 @@ def dependencies(edges: Iterable[Edge]) -> pl.DataFrame:
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     """One S3 server for all tests that need it; each keeps to a prefix of its own."""
     with serve(tmp_path_factory.mktemp("s3")) as place:
+        keys = Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"])
+        place.write_profiles(keys)
         yield place
+        keys.unlink()
+
+
+@pytest.fixture(scope="module")
+def use_s3(object_store: ObjectStore) -> Iterator[Callable[..., S3Options]]:
+    """`use_s3(endpoint_url=…, …)`: `s3://` is reached so from now on, without options the server with all
+    rights. Returns the options."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def use(**options: Any) -> S3Options:
+            patch.setitem(fsspec.config.conf, "s3", {})
+            given = {"endpoint_url": object_store.endpoint, "region": "us-east-1", "profile": "fleet"}
+            made = S3Options(**given | options)
+            reach(made)
+            return made
+
+        use()
+        yield use
+
+
+@pytest.fixture
+def on_s3(use_s3: Callable[..., S3Options]) -> Callable[[Store], Store]:
+    """`on_s3(store)` → the files of a local store on the S3 server, under a prefix of their own."""
+    use_s3()
+
+    def copy(local: Store) -> Store:
+        there = Store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+        for name in local.list(""):
+            there.fs.put_file(local.path(name), there.path(name))
+        return there
+
+    return copy
 
 
 @pytest.fixture(scope="session")

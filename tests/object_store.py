@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import s3fs
 from botocore.exceptions import BotoCoreError
 
 BUCKET = "fleet"
+#: The access key that may read and list, and nothing else; its secret is that of the other.
+READER = "reader"
 #: Seconds in which the server must have come up.
 _PATIENCE = 60
 
@@ -29,6 +31,21 @@ class ObjectStore:
     access_key: str
     secret_key: str
     log: Path
+
+    def write_profiles(self, file: Path) -> None:
+        """Writes a credentials file with keys of every kind: `fleet` may do everything, `reader` only read;
+        of `forger` the secret is wrong, and nobody knows `stranger`."""
+        keys = {
+            "fleet": (self.access_key, self.secret_key),
+            "reader": (READER, self.secret_key),
+            "forger": (self.access_key, "not-the-key"),
+            "stranger": ("stranger", self.secret_key),
+        }
+        profiles = (
+            f"[{name}]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n"
+            for name, (key, secret) in keys.items()
+        )
+        file.write_text("\n".join(profiles))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -53,8 +70,12 @@ class ObjectStore:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[ObjectStore]:
-    """The server with its data below `folder`, for the length of the block; its bucket is there and empty."""
+def serve(folder: Path, *more: str) -> Iterator[ObjectStore]:
+    """The server with its data below `folder`, for the length of the block; its bucket is there, and empty if
+    the folder is new.
+
+    `more` are options of the server.
+    """
     keys = {"accessKey": "fleetcast", "secretKey": "a-key-for-tests"}
     identity = {
         "name": "tests",
@@ -62,14 +83,19 @@ def serve(folder: Path) -> Iterator[ObjectStore]:
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "data").mkdir()
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (folder / "data").mkdir(exist_ok=True)
+    reader = {
+        "name": "reader",
+        "credentials": [{"accessKey": READER, "secretKey": keys["secretKey"]}],
+        "actions": ["Read", "List"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, reader]}))
     names = [f"{part}.port{kind}" for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")]
     ports = dict(zip(names, _free_ports(len(names)), strict=True))
     command = [_executable(), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += ["-s3", f"-s3.config={folder / 's3.json'}", "-volume.max=0", "-master.volumeSizeLimitMB=256"]
     command += [f"-{name}={port}" for name, port in ports.items()]
-    command += ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0", *more]
     log = folder / "weed.log"
     with ExitStack() as stack:
         out = stack.enter_context(log.open("wb"))
@@ -87,12 +113,11 @@ def _make_bucket(place: ObjectStore, process: subprocess.Popen[bytes]) -> None:
     while True:
         try:
             fs = place.fs()
-            fs.mkdir(BUCKET)
+            with suppress(FileExistsError):
+                fs.mkdir(BUCKET)
             fs.pipe_file(f"{BUCKET}/ready", b"")  # volumes come a moment after buckets
             fs.rm_file(f"{BUCKET}/ready")
             return
-        except FileExistsError:
-            continue
         except (OSError, BotoCoreError) as error:
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError(f"{place.log}: {place.log.read_text()[-2000:]}") from error

@@ -34,7 +34,7 @@ def job(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, dict[str, Any]
     """`job(main, arguments…)` → exit code, last line of standard output, standard error. Without Ray."""
 
     def run(main: Callable[[Config], dict[str, Any]], *arguments: str) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(runtime, "ray_session", lambda num_cpus, everything: contextlib.nullcontext())
+        monkeypatch.setattr(runtime, "ray_session", lambda *_: contextlib.nullcontext())
         monkeypatch.setattr(sys, "argv", ["jobs/sizes.py", *arguments])
         with pytest.raises(SystemExit) as end:
             run_job(main, Config)
@@ -246,3 +246,21 @@ def test_a_result_says_which_code_made_it(monkeypatch, tmp_path):
     assert provenance.provenance()["commit"] == f"{commit}-dirty"
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed.py"))
     assert provenance.provenance()["commit"] is None
+
+
+def test_a_task_is_given_its_memory_or_all_that_the_largest_node_lends(ray_cluster, caplog, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(logging.getLogger("fleetcast"), "propagate", True)
+    (node,) = ray.nodes()
+    largest = int(node["Resources"]["memory"])
+
+    def given(_: Any) -> dict[str, Any]:
+        found: Any = ray.get_runtime_context().get_assigned_resources()
+        return {"memory": found.get("memory")}
+
+    assert runtime.spread([0, 1], given, "small", memory=1 << 20)[1]["memory"] == 1 << 20
+    assert not caplog.records
+    (receipt,) = runtime.spread([0], given, "large", memory=2 * largest)
+    assert receipt["memory"] == largest
+    assert "large: a task may need" in caplog.text

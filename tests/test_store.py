@@ -11,11 +11,15 @@ from fleetcast.errors import InputError
 from fleetcast.store import FORMAT, MANIFEST, Store, fingerprint
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3"])
 def store(request, tmp_path) -> Iterator[Store]:
-    """On a local folder, and on a file system without renames, as object stores are."""
+    """On a local folder, on a file system without renames, and on a real object store."""
     if request.param == "local":
         yield Store(str(tmp_path / "store"))
+        return
+    if request.param == "s3":
+        request.getfixturevalue("use_s3")()
+        yield Store(f"s3://fleet/{tmp_path.name}")
         return
     yield Store("memory://bucket/store")
     fsspec.filesystem("memory").rm("/bucket", recursive=True)
@@ -34,6 +38,8 @@ def test_files_and_tables_come_back_as_they_went(store):
     store.write_table("t/date=2018-01-01/machine.parquet", table)
     assert store.read_table("t/date=2018-01-01/machine.parquet").equals(table)
     assert store.read_table("t/date=2018-01-01/machine.parquet", columns=["cpu"]).column_names == ["cpu"]
+    with pytest.raises(FileNotFoundError, match=r"/t/none\.parquet"):
+        store.read_table("t/none.parquet")
 
 
 def test_a_folder_is_listed_in_order_and_however_deep(store):

@@ -20,7 +20,7 @@ from typing import Annotated, Any, TypeVar
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, PydanticBaseSettingsSource, SettingsConfigDict
 
 from fleetcast.errors import InputError
@@ -52,6 +52,30 @@ class Options(BaseModel):
     model_config = SettingsConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class S3Options(Options):
+    """How `s3://` is reached, wherever a job or the server meets it.
+
+    Keys are never given here: each node has them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in ~/.aws,
+    or by its role.
+    """
+
+    endpoint_url: str | None = Field(None, pattern=r"^https?://[^@\s]+$")
+    """The server, if it is not Amazon's: http(s)://host:port. AWS_ENDPOINT_URL if not given."""
+    region: str | None = None
+    """The region. AWS_DEFAULT_REGION, or that of the profile, if not given."""
+    profile: str | None = None
+    """The profile of ~/.aws whose keys and settings are used. AWS_PROFILE if not given."""
+    connect_timeout: float = Field(5, gt=0)
+    """How long a connection may take [s]."""
+    read_timeout: float = Field(30, gt=0)
+    """How long the server may be silent while it answers [s]."""
+    attempts: int = Field(5, ge=1)
+    """How often a request is tried that meets a broken connection, a time-out, or a server that is overloaded
+    or fails (429, 5xx), with growing pauses in between."""
+    max_connections: int = Field(10, ge=1)
+    """Most connections of a process."""
+
+
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 
@@ -74,6 +98,13 @@ class BaseJobConfig(BaseSettings):
     """How much is logged to standard error: DEBUG, INFO, WARNING or ERROR."""
     num_cpus: int | None = None
     """CPUs of the Ray that is started here; all of them if not given. Not used on a running cluster."""
+    object_store_gb: float | None = Field(None, ge=0.1)
+    """Memory for the object store of the Ray that is started here [GB]; a tenth of the machine's if not
+    given. Tables never pass through it: it carries receipts and logs, and one copy of a study's data."""
+    spill_folder: str | None = None
+    """Where that Ray writes what does not fit in its object store; its session's folder if not given."""
+    s3: S3Options = S3Options()
+    """How `s3://` is reached."""
 
     @classmethod
     def settings_customise_sources(

@@ -24,7 +24,8 @@ from typing import Any, NoReturn, TypeVar
 import psutil
 
 from fleetcast.config import BaseJobConfig, parse
-from fleetcast.errors import InputError
+from fleetcast.errors import InputError, in_one_line
+from fleetcast.store import s3_settings, use_s3
 
 log = logging.getLogger("fleetcast")
 
@@ -38,8 +39,9 @@ _DRIVER_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the old output is silent where it is told to be
+    "RAY_task_oom_retries": "5",  # or Ray tries for ever what its node has no memory for
 }
-_WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT = {
     "POLARS_MAX_THREADS": "1",
     # Blocks of raw rows come and go; huge pages that are kept for a while spare a sixth of ingest's time.
     "_RJEM_MALLOC_CONF": "thp:always,dirty_decay_ms:10000,muzzy_decay_ms:10000",
@@ -61,14 +63,17 @@ def run_job(main: Callable[[Config], dict[str, Any]], config_class: type[Config]
         log.error("%s", error)
         _finish({"job": name, "ok": False, "error": str(error)}, 2)
     try:
-        with ray_session(config.num_cpus, everything=config.log_level.upper() == "DEBUG"):
+        use_s3(config.s3)
+        everything = config.log_level.upper() == "DEBUG"
+        with ray_session(config.num_cpus, everything, config.object_store_gb, config.spill_folder):
             figures = main(config)
-    except InputError as error:
-        log.error("%s", error)
-        _finish({"job": name, "ok": False, "error": str(error)}, 1)
     except KeyboardInterrupt:
         _finish({"job": name, "ok": False, "error": "interrupted"}, 1)
     except Exception as error:  # the last line is JSON even where the fault is ours
+        if (told := in_one_line(error)) is not None:
+            log.debug("%s failed", name, exc_info=True)
+            log.error("%s", told)
+            _finish({"job": name, "ok": False, "error": told}, 1)
         log.exception("%s failed", name)
         _finish({"job": name, "ok": False, "error": f"{type(error).__name__}: {error}"}, 1)
     _finish({"job": name, "ok": True, **figures, "seconds": round(time.monotonic() - started, 2)}, 0)
@@ -95,11 +100,17 @@ def set_up_logging(level: str) -> None:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterator[None]:
+def ray_session(
+    num_cpus: int | None = None,
+    everything: bool = False,
+    object_store_gb: float | None = None,
+    spill_folder: str | None = None,
+) -> Iterator[None]:
     """Ray for the length of the block; one that is already connected is used and left alone.
 
-    What its processes print is shown only if `everything` is asked for: their own logs come through
-    `worker_logs`, and errors as exceptions.
+    The arguments are those of `BaseJobConfig`. One that is started here lends its tasks what memory the
+    machine has free, less the object store. What its processes print is shown only if `everything` is asked
+    for: their own logs come through `worker_logs`, and errors as exceptions.
     """
     for key, value in _DRIVER_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
@@ -114,12 +125,14 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
             "address": "local",
             "num_cpus": num_cpus,
             "include_dashboard": False,
+            "object_store_memory": _object_store(object_store_gb),
+            **({"object_spilling_directory": spill_folder} if spill_folder else {}),
         }
     ray.init(
         **connection,
         log_to_driver=everything,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
     )
     try:
         yield
@@ -127,12 +140,22 @@ def ray_session(num_cpus: int | None = None, everything: bool = False) -> Iterat
         ray.shutdown()
 
 
+def _object_store(gigabytes: float | None) -> int:
+    if gigabytes is not None:
+        return round(gigabytes * 1e9)
+    return max(psutil.virtual_memory().total // 10, 100 << 20)
+
+
 @contextmanager
 def worker_logs() -> Iterator[Any]:
     """A queue to give to Ray workers for `log_to`; what they log there appears in this process's log."""
+    import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    queue = Queue(actor_options={"num_cpus": 0})
+    # Beside the driver, so that no other node takes the log with it when it dies.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     listener = logging.handlers.QueueListener(queue, *log.handlers)
     listener.start()
     try:
@@ -182,19 +205,25 @@ class PeakMemory:
         return int(psutil.Process().memory_info().rss)
 
 
-def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder on the local disk of this node that goes away with the block."""
-    return tempfile.TemporaryDirectory(prefix="fleetcast-")
+def scratch(place: str | None = None) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the local disk of this node, below `place` if given, that goes away with the block."""
+    return tempfile.TemporaryDirectory(prefix="fleetcast-", dir=place)
 
 
 def spread(
-    items: list[Any], work: Callable[[Any], dict[str, Any]], what: str, measure: str = "rows"
+    items: list[Any],
+    work: Callable[[Any], dict[str, Any]],
+    what: str,
+    measure: str = "rows",
+    memory: int = 0,
 ) -> list[dict[str, Any]]:
     """Runs `work` on every item as Ray Data tasks and returns their receipts, in the order of the items.
 
-    Items and receipts are small and JSON-like; the data itself goes through the store. Receipts gain
-    `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress is logged with the sum of
-    `measure`. All items are tried; then InputError is raised with what went wrong, if anything did.
+    Items and receipts are small and JSON-like; the data itself goes through the store. A task is given
+    `memory` bytes of its node, or all that the largest node lends, so no node runs more of them than it has
+    memory for. Receipts gain `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress
+    is logged with the sum of `measure`. All items are tried; then InputError is raised with what went wrong,
+    if anything did: input that cannot be used, files and objects that cannot be read or written.
     """
     import ray.data
 
@@ -204,13 +233,16 @@ def spread(
     if not items:
         return []
 
+    s3 = s3_settings()
+
     def task(batch: dict[str, Any]) -> dict[str, list[str]]:
+        use_s3(s3)
         index, item = json.loads(batch["item"][0])
         started, peak = time.monotonic(), PeakMemory()
         try:
             receipt = work(item)
-        except InputError as error:
-            receipt = {"error": str(error)}
+        except (InputError, OSError) as error:
+            receipt = {"error": in_one_line(error)}
         receipt |= {"seconds": time.monotonic() - started, "peak_bytes": peak.bytes()}
         return {"receipt": [json.dumps([index, receipt])]}
 
@@ -219,7 +251,7 @@ def spread(
     started = last = time.monotonic()
     tasks = max(_LEAST_TASKS, round(_TASKS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
     results = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
-        task, batch_size=1, zero_copy_batch=True
+        task, batch_size=1, zero_copy_batch=True, memory=lent(memory, what)
     )
     done = 0
     for row in results.iter_rows():
@@ -235,6 +267,18 @@ def spread(
     if errors:
         raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return [receipts[index] for index in range(len(items))]
+
+
+def lent(memory: int, what: str) -> int | None:
+    """`memory`, or what the largest node lends if that is less; None for none."""
+    import ray
+
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if memory > largest > 0:
+        log.warning(
+            "%s: a task may need %.1f GB, the largest node lends %.1f GB", what, memory / 1e9, largest / 1e9
+        )
+    return int(min(memory, largest)) or None
 
 
 @dataclass(frozen=True)
@@ -266,9 +310,12 @@ def tasks(
     if not any(_has(node, cpus, gpus) for node in ray.nodes()):
         log.warning("%s: no node has %g CPUs and %g GPUs; waiting for one that has", what, cpus, gpus)
 
+    s3 = s3_settings()
+
     # Tried again here: Ray would retry for ever what it kills for memory.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     def task(item: Any, queue: Any) -> Any:
+        use_s3(s3)
         sender = log_to(queue, name(item))
         try:
             return work(item)

@@ -48,7 +48,7 @@ def telemetry(metrics: list[str]) -> pa.Schema:
 
 
 #: `parent` is a container's machine, `service` its application; capacities in cores and normalised memory;
-#: `measured` says whether there is telemetry of it.
+#: `measured` says whether there is telemetry of it, `last_measured` until when.
 ENTITIES = pa.schema(
     [
         ("entity", pa.string()),
@@ -58,6 +58,7 @@ ENTITIES = pa.schema(
         ("cpu_capacity", pa.float32()),
         ("memory_capacity", pa.float32()),
         ("measured", pa.bool_()),
+        ("last_measured", TIME),
     ]
 )
 

@@ -13,11 +13,13 @@ its `manifest.json` is written last, and readers ask for that.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +31,8 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from fleetcast import __version__
-from fleetcast.errors import InputError
+from fleetcast.config import S3Options
+from fleetcast.errors import InputError, in_one_line
 
 #: Version of the folders and schemas below the store's root.
 FORMAT = 1
@@ -38,6 +41,40 @@ MANIFEST = "manifest.json"
 ACCEPTED = "ingested/manifest.json"
 #: A raw file is told from others by its size and these many bytes of its head and of its tail.
 _KEY_BYTES = 1 << 20
+#: A disk on which less is free is full [bytes].
+_NO_ROOM = 1 << 16
+
+
+#: Named, not imported: who works on a folder does not wait for it.
+for _protocol in ("s3", "s3a"):
+    fsspec.register_implementation(_protocol, "fleetcast.s3.S3FileSystem", clobber=True)
+
+
+def use_s3(options: S3Options | dict[str, Any]) -> None:
+    """Sets how this process reaches `s3://` from now on: by options, or as another process's `s3_settings`.
+
+    A `Store` keeps the settings with which it was made, and takes them along to other processes.
+    """
+    if isinstance(options, S3Options):
+        o = options
+        found: dict[str, Any] = {
+            "endpoint_url": o.endpoint_url,
+            "profile": o.profile,
+            "client_kwargs": {"region_name": o.region} if o.region else None,
+            "config_kwargs": {
+                "connect_timeout": o.connect_timeout,
+                "read_timeout": o.read_timeout,
+                "retries": {"mode": "standard", "total_max_attempts": o.attempts},
+                "max_pool_connections": o.max_connections,
+            },
+        }
+        options = s3_settings() | {name: value for name, value in found.items() if value is not None}
+    fsspec.config.conf["s3"] = options
+
+
+def s3_settings() -> dict[str, Any]:
+    """How this process reaches `s3://`, as fsspec has it."""
+    return dict(fsspec.config.conf.get("s3", {}))
 
 
 def fingerprint(value: Any) -> str:
@@ -49,15 +86,33 @@ def fingerprint(value: Any) -> str:
 def content_key(fs: Any, path: str, size: int) -> str:
     """A short digest of a file's content, from its size, head and tail."""
     digest = hashlib.blake2b(str(size).encode(), digest_size=8)
-    with fs.open(path, "rb") as file:
-        digest.update(file.read(_KEY_BYTES))
-        file.seek(max(0, size - _KEY_BYTES))
-        digest.update(file.read(_KEY_BYTES))
+    head = fs.cat_file(path, end=_KEY_BYTES)  # a range: an opened file would read far ahead
+    digest.update(head)
+    digest.update(head if size <= _KEY_BYTES else fs.cat_file(path, start=size - _KEY_BYTES, end=size))
     return digest.hexdigest()
 
 
 def _names(folder: str) -> list[str]:
     return [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
+
+
+def _is_full(error: Exception, folder: Path) -> bool:
+    """Whether a file could not be written for want of room, whatever the library that wrote it says."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
+    return shutil.disk_usage(folder).free < _NO_ROOM
+
+
+class _Ranges(pafs.FSSpecHandler):
+    """Arrow asks for the ranges of a Parquet file that it needs; what lies between them is not read."""
+
+    def open_input_file(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(self.fs.open(path, mode="rb", cache_type="none"), mode="r")
+
+
+def arrow(fs: Any) -> pafs.FileSystem:
+    """The same file system for Arrow and Ray."""
+    return pafs.LocalFileSystem() if isinstance(fs, LocalFileSystem) else pafs.PyFileSystem(_Ranges(fs))
 
 
 class Store:
@@ -83,7 +138,7 @@ class Store:
         try:
             return self._open_or_create()
         except OSError as error:
-            raise InputError(f"--store {self.uri}: cannot be used ({error})") from error
+            raise InputError(f"--store {self.uri}: cannot be used ({in_one_line(error)})") from error
 
     def _open_or_create(self) -> Store:
         if self.local and Path(self.root).is_file():
@@ -102,7 +157,11 @@ class Store:
 
     def open_existing(self) -> Store:
         """Refuses a URI that is not a store yet, then as `open_or_create`."""
-        if not self.exists("store.json"):
+        try:
+            found = self.exists("store.json")
+        except OSError as error:
+            raise InputError(f"--store {self.uri}: cannot be used ({in_one_line(error)})") from error
+        if not found:
             raise InputError(f"--store {self.uri}: no store there (store.json is missing); run ingest first")
         return self.open_or_create()
 
@@ -118,10 +177,16 @@ class Store:
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Files below a folder, however deep, relative to the store, in order; [] if there is none."""
-        self.fs.invalidate_cache()
         start = len(self.root) + 1
-        names = (name[start:] for name in self.fs.find(self.path(folder)))
+        # Some object stores find a folder in which nothing is left as if it were a file.
+        names = (n[start:] for n in self.fs.find(self.path(folder)) if n != self.path(folder).rstrip("/"))
         return sorted(n for n in names if n.endswith(suffix) and not Path(n).name.startswith(".tmp-"))
+
+    def has(self, files: Iterable[str]) -> bool:
+        """Whether all of these files are there; their folders are listed, the files are not asked for."""
+        files = set(files)
+        folders = {name.rsplit("/", 1)[0] for name in files}
+        return files.issubset(name for folder in folders for name in self.list(folder))
 
     def remove(self, relative: str) -> None:
         """Deletes a file or a whole folder; nothing if there is none."""
@@ -145,6 +210,12 @@ class Store:
                 temporary.replace(final)
             else:
                 self.fs.put_file(str(temporary), final)
+        except Exception as error:
+            if not _is_full(error, folder):
+                raise
+            expected = "more room there" if self.local else "more room there, or TMPDIR on another disk"
+            why = f"no room for {self.uri}/{relative}, expected {expected}"
+            raise OSError(errno.ENOSPC, why, str(folder)) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -168,9 +239,11 @@ class Store:
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file."""
-        return pq.read_table(
-            self.path(relative), columns=columns, filesystem=self.arrow_fs, partitioning=None
-        )
+        if self.local:
+            path = self.path(relative)
+            return pq.read_table(path, columns=columns, filesystem=self.arrow_fs, partitioning=None)
+        # Asked for whole: an object store takes longer for a request than for a few columns more.
+        return pq.read_table(pa.BufferReader(self.read_bytes(relative)), columns=columns)
 
     def write_table(self, relative: str, table: pa.Table) -> None:
         """One Parquet file, whole or not at all."""
@@ -198,17 +271,12 @@ class Store:
                 Path(self.path(staging)).rename(target)
             return
         files = self.list(staging)
-        kept = {folder + name[len(staging) :] for name in files}
-        stale = [name for name in self.list(folder) if name not in kept]
-        if self.exists(f"{folder}/{MANIFEST}"):
-            self.fs.rm(self.path(folder, MANIFEST))
-        last = f"{staging}/{MANIFEST}"
-        for names in ([name for name in files if name != last], [last]):
-            # Lists, which an object store copies many at a time.
-            moved = [self.path(folder + name[len(staging) :]) for name in names]
-            self.fs.copy([self.path(name) for name in names], moved)
-        if stale:
-            self.fs.rm([self.path(name) for name in stale])
+        self.remove(f"{folder}/{MANIFEST}")
+        self.remove(folder)
+        for last in (False, True):
+            part = [name for name in files if (name == f"{staging}/{MANIFEST}") == last]
+            to = [self.path(folder + name[len(staging) :]) for name in part]
+            self.fs.copy([self.path(name) for name in part], to)
         self.remove(staging)
 
     # -- other libraries -----------------------------------------------------------------------------------
@@ -216,4 +284,4 @@ class Store:
     @property
     def arrow_fs(self) -> pafs.FileSystem:
         """The same file system for Arrow and Ray."""
-        return pafs.LocalFileSystem() if self.local else pafs.PyFileSystem(pafs.FSSpecHandler(self.fs))
+        return arrow(self.fs)

@@ -38,7 +38,7 @@ class InProcess:
         return found
 
     def spread(
-        self, items: list[Any], work: Callable[[Any], Any], what: str, measure: str = "rows"
+        self, items: list[Any], work: Callable[[Any], Any], what: str, measure: str = "rows", memory: int = 0
     ) -> list[dict[str, Any]]:
         sent = json.loads(json.dumps(items))
         return [{**json.loads(json.dumps(work(item))), "peak_bytes": 1, "seconds": 1} for item in sent]

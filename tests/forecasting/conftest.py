@@ -27,7 +27,9 @@ STEPS = 200
 def at_once(monkeypatch) -> None:
     """The tasks of a job run one after the other in this process, not on Ray."""
 
-    def spread(items: list[Any], work: Callable, what: str, measure: str = "rows") -> list[dict[str, Any]]:
+    def spread(
+        items: list[Any], work: Callable, what: str, measure: str = "rows", memory: int = 0
+    ) -> list[dict[str, Any]]:
         sent = json.loads(json.dumps(items))
         return [json.loads(json.dumps({**work(item), "peak_bytes": 1})) for item in sent]
 

@@ -15,6 +15,8 @@ from fleetcast.forecasting.nightly import NightlyOptions, build_report, nightly
 from fleetcast.forecasting.predict import ForecastOptions
 from fleetcast.forecasting.run import forecast
 from fleetcast.schemas import QUANTILES, quantile_name
+from fleetcast.store import MANIFEST
+from fleetcast.training.register import SELECTED
 from pydantic import ValidationError
 
 END = datetime(2018, 1, 3, 2, 15, tzinfo=UTC)  # 200 steps of 15 minutes after 2018-01-01 00:15
@@ -182,6 +184,47 @@ def test_the_memory_of_a_stage_is_that_of_its_largest_process_tonight(serve, val
     }
     assert peak["ingest"] == 9 << 10
     assert 0 < peak["train"] < 9 << 10, "not that of the run that trained"
+
+
+@pytest.mark.parametrize(
+    ("retrain", "kept"), [("3d", True), ("49h", True), ("2d", False), (0, False)], ids=str
+)
+def test_a_model_is_kept_until_there_is_so_much_telemetry_that_it_has_not_seen(
+    serve, values, staged, retrain, kept, capsys
+):
+    store, data = serve(values)
+    folder = store.read_json(SELECTED)["model"]
+    described = store.read_json(f"{folder}/{MANIFEST}")
+    assert described["end"] == data.start + data.step * data.steps
+    store.write_json(f"{folder}/{MANIFEST}", described | {"end": described["end"] - 2 * 86_400})
+    options = NightlyOptions.model_validate({"shard": {"windows": "test"}, "retrain": retrain})
+    figures = nightly(store, "raw", options)
+    note = figures["stages"]["train"]["note"]
+    assert ("is kept: 2 days old, below --retrain" in note) == kept
+    assert note in capsys.readouterr().out
+    assert bool(figures["test_error"]) == kept, "those of the model that forecasts"
+    assert len(rows_of(store)) == 5 * 3 * 4
+
+
+def test_where_the_selected_model_does_not_fit_the_windows_one_is_trained(serve, values, staged, monkeypatch):
+    store, _ = serve(values)
+    folder = store.read_json(SELECTED)["model"]
+    described = store.read_json(f"{folder}/{MANIFEST}")
+    store.write_json(f"{folder}/{MANIFEST}", described | {"step": 60})
+
+    def train(*_) -> dict:
+        store.write_json(f"{folder}/{MANIFEST}", described)
+        return {"epochs": 7, "test_error": {}, "coverage": {}}
+
+    monkeypatch.setattr(night, "train_model", train)
+    options = NightlyOptions.model_validate({"shard": {"windows": "test"}, "retrain": "3d"})
+    assert nightly(store, "raw", options)["stages"]["train"]["note"] == "7 epochs"
+
+
+def test_a_night_has_windows_of_eight_weeks_where_nothing_else_is_said():
+    assert NightlyOptions().shard.span == 8 * 7 * 86_400
+    assert NightlyOptions.model_validate({"shard": {"step": "30min"}}).shard.span == 8 * 7 * 86_400
+    assert NightlyOptions.model_validate({"shard": {"span": None}}).shard.span is None
 
 
 def test_if_training_fails_the_model_selected_before_forecasts_and_the_failure_is_told(

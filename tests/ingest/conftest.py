@@ -7,12 +7,14 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
 import pytest
-from fleetcast.ingest import make, run
+from fleetcast.ingest import archives, make, run
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.run import ingest
 from fleetcast.store import Store
@@ -28,7 +30,12 @@ class Tasks:
         self.dies_after: int | None = None
 
     def __call__(
-        self, items: list[Any], work: Callable[[Any], Figures], what: str, measure: str = "rows"
+        self,
+        items: list[Any],
+        work: Callable[[Any], Figures],
+        what: str,
+        measure: str = "rows",
+        memory: int = 0,
     ) -> list[Figures]:
         receipts = []
         for item in items:
@@ -45,6 +52,9 @@ def tasks(monkeypatch) -> Tasks:
     tasks = Tasks()
     monkeypatch.setattr(run, "spread", tasks)
     monkeypatch.setattr(make, "spread", tasks)
+    monkeypatch.setattr(archives, "spread", tasks)
+    monkeypatch.setattr(archives, "worker_logs", nullcontext)
+    monkeypatch.setattr(archives, "log_to", lambda *_: SimpleNamespace(stop=lambda: None))
     return tasks
 
 

@@ -34,7 +34,7 @@ def noise(size: int) -> bytes:
 
 def read(path: Path, chunk_bytes: int = 1 << 30) -> list[list[tuple[int, bytes]]]:
     """The blocks of each chunk of a file."""
-    return [list(blocks(chunk)) for chunk in chunks(discover(str(path), TABLES), chunk_bytes)]
+    return [list(blocks(chunk)) for chunk in chunks(discover(str(path), TABLES), chunk_bytes, {})]
 
 
 @pytest.fixture
@@ -131,13 +131,13 @@ def test_every_line_of_a_plain_file_is_in_exactly_one_chunk(put, monkeypatch, ch
 
 def test_compressed_files_are_one_chunk(put):
     found = discover(str(put("machine_usage.csv.gz", gzip.compress(ROWS))), TABLES)
-    assert len(chunks(found, 10)) == 1
+    assert len(chunks(found, 10, {})) == 1
 
 
 def test_a_chunk_is_known_by_content_and_range(put):
     """Another chunk size must not be taken for work that is done."""
     found = discover(str(put("machine_usage.csv", ROWS)), TABLES)
-    small, large = chunks(found, 100), chunks(found, 200)
+    small, large = chunks(found, 100, {}), chunks(found, 200, {})
     assert len({chunk.id for chunk in [*small, *large]}) == len(small) + len(large)
     assert all(chunk.id.startswith(found[0].key) for chunk in small)
 
@@ -178,7 +178,7 @@ def test_what_is_no_table_is_named(put, name, content, message):
 
 
 def test_a_chunk_in_the_middle_of_an_endless_line_is_refused_too(put):
-    found = chunks(discover(str(put("machine_usage.csv", noise(3 << 20))), TABLES), 1 << 20)
+    found = chunks(discover(str(put("machine_usage.csv", noise(3 << 20))), TABLES), 1 << 20, {})
     with pytest.raises(InputError, match=r"no line ends within 1,048,576 bytes of offset 1,048,575"):
         list(blocks(found[1]))
 
@@ -188,4 +188,4 @@ def test_a_file_that_vanished_is_named(put):
     (file,) = discover(str(path), TABLES)
     path.unlink()
     with pytest.raises(InputError, match=r"machine_usage.csv: the file vanished while it was read"):
-        list(blocks(Chunk(file=file, start=0, stop=file.size)))
+        list(blocks(Chunk(file=file, start=0, stop=file.size, width=file.size)))

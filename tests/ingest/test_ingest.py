@@ -161,7 +161,7 @@ def test_counts_and_bins_agree_with_pandas_on_every_kind_of_bad_row(tmp_path, pu
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "tar.gz"])
 def test_a_rejected_row_is_found_again_by_its_offset(tmp_path, put, ingested, table, monkeypatch, form):
     monkeypatch.setattr(files, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(run, "chunks", lambda found, _: files.chunks(found, 3001))
+    monkeypatch.setattr(run, "chunks", lambda found, *_: files.chunks(found, 3001, {}))
     content = mixed()
     put(tmp_path / "raw" / f"machine_usage.{form}", content)
     store, _ = ingested(tmp_path / "raw", tmp_path / "store")
@@ -189,7 +189,7 @@ def test_telemetry_does_not_depend_on_how_the_rows_are_cut(tmp_path, put, ingest
     assert telemetry("many", "b").equals(whole)
     assert telemetry("reversed", "c", buckets=4).equals(whole)
     monkeypatch.setattr(files, "BLOCK_BYTES", 500)
-    monkeypatch.setattr(run, "chunks", lambda found, _: files.chunks(found, 4000))
+    monkeypatch.setattr(run, "chunks", lambda found, *_: files.chunks(found, 4000, {}))
     assert telemetry("one", "d").equals(whole)
     assert telemetry("many", "e", buckets=4).equals(whole)
 
@@ -267,7 +267,6 @@ def test_more_files_add_only_what_is_new_and_equal_all_at_once(raw, tmp_path, in
     for name in ("machine_usage-2.csv", "container_meta.csv"):
         (raw / name).rename(later / name)
     store, _ = ingested(raw, tmp_path / "store")
-    receipts = set(store.list("ingested/chunks"))
     first_day = [path for path in store.list("telemetry") if "2018-01-01" in path]
     stamps = [store.fs.modified(store.path(path)) for path in first_day]
 
@@ -275,9 +274,9 @@ def test_more_files_add_only_what_is_new_and_equal_all_at_once(raw, tmp_path, in
     for name in ("machine_usage-2.csv", "container_meta.csv"):
         (later / name).rename(raw / name)
     _, added = ingested(raw, tmp_path / "store")
-    assert len(set(store.list("ingested/chunks")) - receipts) == 2
-    # two chunks; the third day; entities; the dependencies of all days, for containers now join machines
-    assert tasks.done - done == 2 + 1 + 1 + 3
+    # two chunks and what they say of entities; the third day; entities; the placements of containers; the
+    # dependencies of all days, for containers now join machines
+    assert tasks.done - done == 2 + 1 + 1 + 1 + 1 + 3
     assert [store.fs.modified(store.path(path)) for path in first_day] == stamps
     assert same(contents(store, table), contents(whole, table))
     assert counts(added) == counts(figures)
@@ -334,7 +333,7 @@ def test_another_chunk_size_changes_nothing(raw, tmp_path, ingested, table, monk
     """What an earlier run read in other chunks is not taken for these."""
     whole, expected = ingested(raw, tmp_path / "whole")
     with monkeypatch.context() as small:
-        small.setattr(run, "chunks", lambda found, _: files.chunks(found, 3000))
+        small.setattr(run, "chunks", lambda found, *_: files.chunks(found, 3000, {}))
         ingested(raw, tmp_path / "store")
     (raw / "machine_usage-3.csv").write_bytes(b"m_0,200000,1,2,3,4,5,6,7\n")
     store, figures = ingested(raw, tmp_path / "store")
@@ -343,7 +342,7 @@ def test_another_chunk_size_changes_nothing(raw, tmp_path, ingested, table, monk
     assert counts(figures) == counts(expected)
 
 
-@pytest.mark.parametrize("done", [0, 3, 7, 9, 11, 14])
+@pytest.mark.parametrize("done", [0, 3, 7, 8, 9, 12, 13, 14, 16])
 def test_a_job_that_died_is_run_again_and_gives_the_same(raw, tmp_path, ingested, tasks, table, done):
     whole, expected = ingested(raw, tmp_path / "whole")
     tasks.done, tasks.dies_after = 0, done
@@ -353,7 +352,8 @@ def test_a_job_that_died_is_run_again_and_gives_the_same(raw, tmp_path, ingested
     assert not store.exists(f"telemetry/{MANIFEST}")
     tasks.done, tasks.dies_after = 0, None
     _, figures = ingested(raw, tmp_path / "store")
-    assert tasks.done == 15 - done  # 7 chunks, 4 parts of telemetry, entities, 3 days of dependencies
+    # 7 chunks, what they say of entities, 4 parts of telemetry, entities, placements, 3 days of dependencies
+    assert tasks.done == 17 - done
     assert same(contents(store, table), contents(whole, table))
     assert counts(figures) == counts(expected)
 
@@ -368,10 +368,9 @@ def test_only_what_is_missing_is_built_again(raw, tmp_path, ingested, tasks, tab
     assert counts(figures) == counts(first)
 
     store.remove(f"telemetry/{MANIFEST}")
-    store.remove(store.list("ingested/chunks")[0])
     store.remove(store.list("telemetry", ".parquet")[0])
     ingested(raw, tmp_path / "store")
-    assert tasks.done == done + 2
+    assert tasks.done == done + 1
     assert same(contents(store, table), before)
 
 
@@ -405,7 +404,7 @@ def test_over_the_share_of_bad_rows_nothing_is_published_but_the_rows_are_kept(
     done = tasks.done
     _, figures = ingested(tmp_path / "raw", tmp_path / "store", max_rejected_share=0.02)
     assert sum(figures["rows_rejected"]["machine_usage"].values()) == 2
-    assert tasks.done - done == 3  # the chunk is not read again
+    assert tasks.done - done == 4  # the chunk is not read again
 
 
 def test_over_the_share_in_new_files_what_was_published_stays(raw, tmp_path, ingested, table):
@@ -461,6 +460,38 @@ def test_a_store_has_one_step_start_and_number_of_buckets(raw, tmp_path, ingeste
         ingested(raw, tmp_path / "store", **{option: value})
 
 
+def test_a_new_store_has_buckets_for_the_size_of_its_raw_rows_and_keeps_them(
+    tmp_path, put, ingested, monkeypatch
+):
+    rows = put(tmp_path / "raw" / "machine_usage-0.csv", lines(usage(4, 1)))
+    monkeypatch.setattr(run, "_BUCKET_BYTES", rows.stat().st_size // 3)
+    store, _ = ingested(tmp_path / "raw", tmp_path / "store")
+    buckets = store.read_json(f"telemetry/{MANIFEST}")["settings"]["buckets"]
+    assert buckets == 3
+    put(tmp_path / "raw" / "machine_usage-1.csv", lines(usage(40, 2, seed=1)))
+    ingested(tmp_path / "raw", tmp_path / "store")
+    ingested(tmp_path / "raw", tmp_path / "store", buckets=3)
+    assert {path[-10:-8] for path in store.list("telemetry", ".parquet")} == {"00", "01", "02"}
+    with pytest.raises(InputError, match=r"--buckets 2: the store .* was ingested with 3"):
+        ingested(tmp_path / "raw", tmp_path / "store", buckets=2)
+
+
+def test_compressed_raw_rows_count_five_times(tmp_path, put, ingested, monkeypatch):
+    rows = put(tmp_path / "raw" / "machine_usage.csv.gz", lines(usage(4, 1)))
+    monkeypatch.setattr(run, "_BUCKET_BYTES", rows.stat().st_size)
+    store, _ = ingested(tmp_path / "raw", tmp_path / "store")
+    assert store.read_json(f"telemetry/{MANIFEST}")["settings"]["buckets"] == 5
+
+
+def test_what_an_earlier_version_has_ingested_is_refused(raw, tmp_path, ingested):
+    store, _ = ingested(raw, tmp_path / "store")
+    state = store.read_json("ingested/manifest.json")
+    del state["read"]
+    store.write_json("ingested/manifest.json", state)
+    with pytest.raises(InputError, match="was ingested by an earlier version; ingest into another store"):
+        ingested(raw, tmp_path / "store")
+
+
 def test_a_folder_of_other_things_is_no_store(raw, tmp_path, ingested):
     with pytest.raises(InputError, match=r"the folder holds other files and no store.json"):
         ingested(raw, raw)
@@ -497,7 +528,7 @@ def edges(frame: pl.DataFrame, kind: str) -> dict[tuple[int, str, str], float]:
     }
 
 
-def test_machines_and_containers_keep_their_capacity_parent_and_service(tmp_path, put, ingested, table):
+def test_entities_keep_their_capacity_parent_service_and_last_telemetry(tmp_path, put, ingested, table):
     put(tmp_path / "raw" / "machine_usage.csv", machine_rows("m_1"))
     put(tmp_path / "raw" / "machine_meta.csv", b"m_1,0,a,b,96,100,USING\nm_2,0,a,b,64,50,USING\n")
     put(
@@ -508,12 +539,12 @@ def test_machines_and_containers_keep_their_capacity_parent_and_service(tmp_path
     put(tmp_path / "raw" / "container_usage.csv", b"c_1,m_2,90000,50,50,1,1,1,1,1,1\n")
     store, _ = ingested(tmp_path / "raw", tmp_path / "store")
     assert table(store, "entities").sort("kind", "entity").rows() == [
-        ("c_1", "container", "m_2", "app_1", 8.0, 1.5, True),
-        ("c_2", "container", "m_1", "app_2", 4.0, 3.0, False),
-        ("m_1", "machine", None, None, 96.0, 100.0, True),
-        ("m_2", "machine", None, None, 64.0, 50.0, False),
-        ("app_1", "service", None, None, None, None, True),
-        ("app_2", "service", None, None, None, None, False),
+        ("c_1", "container", "m_2", "app_1", 8.0, 1.5, True, ZERO + timedelta(seconds=90_000)),
+        ("c_2", "container", "m_1", "app_2", 4.0, 3.0, False, None),
+        ("m_1", "machine", None, None, 96.0, 100.0, True, ZERO + timedelta(days=1)),
+        ("m_2", "machine", None, None, 64.0, 50.0, False, None),
+        ("app_1", "service", None, None, None, None, True, ZERO + timedelta(seconds=90_000)),
+        ("app_2", "service", None, None, None, None, False, None),
     ]
 
 

@@ -238,6 +238,37 @@ def test_a_level_without_telemetry_is_named(tmp_path, put, ingested):
         dataset(store, level="service")
 
 
+# -- a span -----------------------------------------------------------------------------------------------
+
+
+def test_a_span_is_the_last_so_many_whole_steps(store):
+    whole, _ = dataset(store, windows="whole")
+    made, figures = dataset(store, span=2 * 86_400 + STEP - 1)
+    assert made.start == ZERO + (DAYS - 2) * 86_400
+    assert made.steps == figures["steps"] == 2 * 48
+    late = usage("machine_usage").filter(pl.col("time").dt.epoch("s") >= made.start)
+    assert agree(values(store, made), late)
+    early, _ = dataset(store, windows="all", span=10 * DAYS * 86_400)
+    assert (early.start, early.steps, early.scaler) == (whole.start, whole.steps, whole.scaler)
+
+
+def test_a_window_at_the_start_of_a_span_has_the_edges_that_it_always_has(store):
+    whole, _ = dataset(store, windows="whole")
+    made, _ = dataset(store, span=2 * 86_400)
+    first = made.start - 2 * 3600
+    edges: list[Any] = [pl.from_arrow(store.read_table(of.shards[0].edges)) for of in (whole, made)]
+    late = [found.filter(pl.col("time").dt.epoch("s") >= first) for found in edges]
+    assert late[0].equals(late[1])
+    assert (late[1]["time"].dt.epoch("s") < made.start).any()
+
+
+def test_entities_that_were_gone_before_a_span_are_not_in_it(store, tmp_path, put, ingested):
+    put(tmp_path / "raw" / "machine_usage-gone.csv", b"m_9,3600,50,50,,,,,")
+    store, _ = ingested(tmp_path / "raw", tmp_path / "store", step="10min")
+    assert "m_9" in dataset(store, windows="whole")[0].names
+    assert dataset(store, span=2 * 86_400)[0].names == tuple(f"m_{i}" for i in range(6))
+
+
 def test_without_whole_telemetry_there_is_nothing_to_shard(store, tmp_path):
     store.remove(f"telemetry/{MANIFEST}")
     with pytest.raises(InputError, match=r"telemetry is not complete; run ingest"):

@@ -89,7 +89,7 @@ def test_rows_go_to_the_folder_of_their_date_and_of_their_keys_bucket():
         "date=2018-01-02/bucket=22",
     }
     assert pl.concat(many.values()).sort("time", "entity").equals(frame.sort("time", "entity"))
-    assert list(partitions("hosted", frame, buckets=50)) == ["all"]
+    assert list(partitions("entities", frame, buckets=50)) == ["all"]
 
 
 def test_telemetry_is_mean_and_maximum_in_our_units_with_null_for_no_value():

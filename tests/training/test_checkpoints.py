@@ -4,10 +4,12 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from fleetcast.training import checkpoints
 from fleetcast.training.loop import Progress, Run, train
+from fleetcast.windows.order import POOL
 
 
 @pytest.fixture
@@ -35,8 +37,8 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def without_seconds(history: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in history]
+def losses(history: list[dict[str, float]]) -> list[tuple[float, float]]:
+    return [(epoch["train_loss"], epoch["val_loss"]) for epoch in history]
 
 
 @pytest.mark.parametrize("epochs_before", [1, 2, 3])
@@ -56,9 +58,26 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one_bit_for_bit(small, ne
     assert same_tensors(resumed.best, whole.best)
     ours, theirs = (run.optimizer.state_dict()["state"] for run in (resumed, whole))
     assert all(same_tensors(ours[index], theirs[index]) for index in ours.keys() | theirs.keys())
-    assert without_seconds(resumed.progress.history) == without_seconds(whole.progress.history)
+    assert losses(resumed.progress.history) == losses(whole.progress.history)
     assert resumed.progress.best_loss == whole.progress.best_loss
     assert resumed.progress.best_epoch == whole.progress.best_epoch
+
+
+def test_a_run_from_s3_resumed_there_ends_like_one_from_a_local_store(dataset, new_run, folder, on_s3):
+    values = np.random.default_rng(0).normal(size=(160, 2, 2)).cumsum(0).astype(np.float32)
+    store, m = dataset(values, groups=(("e0",), ("e1",)), width=24, history=8)
+    assert len(m.shards) > 2 * POOL
+    local = new_run(store, m, epochs=3)
+    train(local, lambda run, figures: None)
+
+    far = on_s3(store)
+    with pytest.raises(Interrupted):
+        train(new_run(far, m, epochs=3), written_after(1, folder))
+    resumed = new_run(far, m, epochs=3)
+    checkpoints.restore(resumed, folder)
+    train(resumed, lambda run, figures: None)
+    assert same_tensors(resumed.model.state_dict(), local.model.state_dict())
+    assert losses(resumed.progress.history) == losses(local.progress.history)
 
 
 def test_restoring_sets_everything_that_was_written(small, new_run, folder):
@@ -105,3 +124,14 @@ def test_progress_without_a_best_epoch_is_still_json():
     text = json.dumps(progress.to_json(), allow_nan=False)
     assert Progress.from_json(json.loads(text)) == progress
     assert progress.best_loss == math.inf
+
+
+def test_progress_of_a_time_before_waiting_was_measured_can_be_read():
+    saved = {"epoch": 1, "best_loss": 0.5, "best_epoch": 0, "history": [{"val_loss": 0.5, "seconds": 3.0}]}
+    progress = Progress.from_json(saved)
+    assert progress.wait_share is None
+    progress.history += [
+        {"seconds": 1.0, "wait_share": 0.5, "val_loss": 0.4},
+        {"seconds": 3.0, "wait_share": 0.1, "val_loss": 0.3},
+    ]
+    assert progress.wait_share == pytest.approx((0.5 + 0.3) / 4)

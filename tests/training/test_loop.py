@@ -6,7 +6,9 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from fleetcast.store import Store
 from fleetcast.training import checkpoints, loop
 from fleetcast.training.loop import DivergedError, Run, loss_sum, train, validate
 from fleetcast.training.options import FitOptions
+from fleetcast.windows import order
 from fleetcast.windows.batch import Batch, Edges
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
@@ -140,6 +143,39 @@ def test_training_stops_after_patience_epochs_without_a_better_validation_loss(s
     assert any(not torch.equal(run.best[name], weights[4][name]) for name in run.best)
 
 
+# -- waiting -----------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_an_epoch_that_is_spent_waiting_for_batches_is_measured(small, new_run, monkeypatch):
+    """By a clock that a batch moves by three seconds, and a forward pass by one."""
+    now = 0.0
+
+    class Slow(Shards):
+        def batches(self, *args):
+            nonlocal now
+            for batch in super().batches(*args):
+                now += 3
+                yield batch
+
+    def forward(*_) -> None:
+        nonlocal now
+        now += 1
+
+    store, m = small
+    run = new_run(store, m, epochs=2, steps_per_epoch=5)
+    run.shards = Slow(store, m)
+    run.net.register_forward_hook(forward)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now))
+    train(run, ignore)
+    validation = sum(-(-len(m.origins(shard, "val")) // 8) for shard in m.shards)
+    windows = sum(len(origins) for _, origins in order.training(m, 8, seed=0, epoch=0, most=5))
+    first = run.progress.history[0]
+    assert first["seconds"] == 4 * (5 + validation)
+    assert first["wait_share"] == 3 / 4
+    assert first["windows_per_s"] == windows / 20
+    assert run.progress.wait_share == 3 / 4
+
+
 # -- divergence --------------------------------------------------------------------------------------------
 
 
@@ -162,6 +198,16 @@ def test_a_loss_that_is_not_a_number_is_an_error_with_epoch_and_step(small, new_
     with pytest.raises(DivergedError, match=r"^epoch 2, step 3: the loss is nan, expected less than 1e\+04"):
         train(run, ignore)
     assert run.progress.epoch == 1
+
+
+def test_a_run_that_diverges_leaves_no_thread_that_reads(dataset, new_run):
+    values = np.random.default_rng(0).normal(size=(160, 2, 2)).astype(np.float32)
+    run = new_run(*dataset(values, groups=(("e0",), ("e1",)), width=24, history=8))
+    spoil(run, call=2, training=True)
+    with pytest.raises(DivergedError) as held:  # as long as the error is held, so is the loop's frame
+        train(run, ignore)
+    assert held.tb is not None
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ahead")] == []
 
 
 def test_a_validation_loss_that_is_not_a_number_is_an_error_with_its_epoch(small, new_run):

@@ -66,6 +66,8 @@ def test_a_trained_model_is_saved_with_its_figures_and_origin_once_and_selected_
     metrics = store.read_json(f"{model}/metrics.json")
     rungs = ["stgnn", LAST_VALUE, YESTERDAY, DAILY_MAXIMUM]
     assert len(metrics["history"]) == 3
+    assert all(0 < epoch["wait_share"] < 1 for epoch in metrics["history"])
+    assert 0 < metrics["summary"]["wait_share"] == figures["wait_share"] < 1
     assert list(metrics["summary"]["validation_error"]) == list(figures["test_error"]) == rungs
     targets = 3 * data.horizon * data.windows("test")
     for rung, state in store.read_json(f"{model}/scores.json").items():

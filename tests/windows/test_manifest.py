@@ -96,6 +96,10 @@ def test_a_dataset_of_another_format_is_refused(dataset):
         ({"metrics": ("cpu", "cpu")}, "each once"),
         ({"metrics": ()}, "at least one metric"),
         ({"windows": "../elsewhere"}, "windows"),
+        (
+            {"span": "2d"},
+            r"span \(172800 s\) is too short: --split 0.6 0.2 0.2: of 192 steps the train part leaves 19 ",
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(wrong, said):

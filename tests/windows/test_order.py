@@ -54,9 +54,23 @@ def test_ranks_take_as_many_steps_and_together_every_window(manifest, world):
     plans = [order.training(manifest, 5, 1, 0, rank, world) for rank in range(world)]
     steps = {len(plan) for plan in plans}
     assert steps == {-(-len(whole) // world)}
-    in_turn = [plans[rank][step] for step in range(steps.pop()) for rank in range(world)]
-    assert as_lists(in_turn[: len(whole)]) == as_lists(whole)
-    assert as_lists(in_turn[len(whole) :]) == as_lists(whole[: len(in_turn) - len(whole)])
+    together = [item for plan in plans for item in plan]
+    assert as_lists(together[: len(whole)]) == as_lists(whole)
+    assert as_lists(together[len(whole) :]) == as_lists(whole[: len(together) - len(whole)])
+
+
+@pytest.mark.parametrize("plan_of", [order.training, order.evaluation])
+def test_ranks_share_few_shards_so_that_more_of_them_do_not_read_more(manifest, plan_of):
+    def shards(world: int) -> list[set[int]]:
+        arguments = (0, 0) if plan_of is order.training else ()
+        first = (manifest, 5) if plan_of is order.training else (manifest, "train", 5)
+        plans = [plan_of(*first, *arguments, rank=rank, world=world) for rank in range(world)]
+        return [{index for index, _ in plan} for plan in plans]
+
+    (alone,) = shards(1)
+    for world in (2, 3):
+        # Where a stretch ends, its last pool may be the next one's first.
+        assert sum(len(each) for each in shards(world)) <= len(alone) + order.POOL * world
 
 
 def test_more_ranks_than_batches_share_what_there_is(plan):

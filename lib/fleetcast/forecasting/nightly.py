@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from fleetcast.config import Options
+from fleetcast.config import Options, Seconds
+from fleetcast.errors import InputError, in_one_line
 from fleetcast.evaluation.metrics import Scores
+from fleetcast.evaluation.naive import duration
 from fleetcast.evaluation.report import NightlyReport, ladder_table, render, text_table
 from fleetcast.forecasting.predict import ForecastOptions
 from fleetcast.forecasting.run import OVERVIEW, forecast, read_selected
@@ -31,17 +33,32 @@ from fleetcast.windows.manifest import Manifest, ShardOptions
 log = logging.getLogger("fleetcast")
 
 
+#: Windows of a night: long enough for weekly cycles, and no longer after a year.
+_EIGHT_WEEKS = 8 * 7 * 86_400
+
+
+class NightlyShardOptions(ShardOptions):
+    """As of the shard job, but of the last eight weeks: what a night costs does not grow with the store."""
+
+    span: Seconds | None = Field(_EIGHT_WEEKS, ge=1)
+    """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
+    there is telemetry of in them; all of it if None."""
+
+
 class NightlyOptions(Options):
     """The options of every stage."""
 
     ingest: IngestOptions = IngestOptions()
     """From raw rows to telemetry and dependencies."""
-    shard: ShardOptions = ShardOptions()
+    shard: NightlyShardOptions = NightlyShardOptions()
     """From telemetry to windows."""
     train: TrainOptions = TrainOptions()
     """From windows to a model."""
     forecast: ForecastOptions = ForecastOptions()
     """From the model to forecasts."""
+    retrain: Seconds = Field(0, ge=0)
+    """The selected model forecasts until the telemetry has grown by so much since its own [s, or 7d], if it
+    fits the windows; 0 trains whenever the windows have changed."""
 
     @model_validator(mode="after")
     def _one_dataset(self) -> NightlyOptions:
@@ -107,27 +124,59 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
         lambda f: f"{f['entities']} entities, {f['shards']} shards",
     )
     failure: Exception | None = None
+    told: str | None = None
     try:
-        stages.run("train", lambda: train_model(store, train_options), lambda f: f"{f['epochs']} epochs")
+        stages.run(
+            "train",
+            lambda: _kept(store, options) or train_model(store, train_options),
+            lambda f: f.get("kept") or f"{f['epochs']} epochs",
+        )
     except Exception as error:
         if not store.exists(SELECTED):
             raise
-        log.exception("training failed; the model selected before forecasts")
-        failure = error
+        failure, told = error, in_one_line(error)
+        log.error("training failed; the model selected before forecasts", exc_info=told is None)
     stages.run("forecast", lambda: forecast(store, forecast_options), lambda f: f"{f['rows']:,} rows")
     page = write_report(store, options.shard.windows, stages)
     if failure is not None:
-        raise RuntimeError(
-            f"training failed ({failure}); the forecast is of the model selected before"
+        whose = InputError if told else RuntimeError
+        raise whose(
+            f"training failed ({told or failure}); the forecast is of the model selected before"
         ) from failure
     return {
         "forecast": stages.figures["forecast"]["forecast"],
         "report": page,
-        "stages": {row["stage"]: {"status": row["status"], "seconds": row["seconds"]} for row in stages.rows},
+        "stages": {
+            row["stage"]: {name: row[name] for name in ("status", "seconds", "note")} for row in stages.rows
+        },
         **{name: stages.figures["ingest"][name] for name in ("rows_read", "rows_rejected", "values_nulled")},
         **{name: stages.figures["shard"][name] for name in ("entities", "windows")},
         **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
     }
+
+
+def _kept(store: Store, options: NightlyOptions) -> dict[str, Any] | None:
+    """The figures of the selected model and why it is `kept`, or None if another has to be trained."""
+    if not options.retrain or not store.exists(SELECTED):
+        return None
+    data, selected = manifests.load(store, options.shard.windows), read_selected(store)
+    try:
+        selected.check(data)
+    except InputError as error:
+        log.info("train: %s", error)
+        return None
+    end = selected.manifest.get("end")
+    if end is None:
+        log.info("train: %s does not say until when it has seen telemetry", selected.folder)
+        return None
+    age = data.start + data.step * data.steps - end
+    if age >= options.retrain:
+        log.info("train: %s has seen telemetry until %s before", selected.folder, duration(age))
+        return None
+    reason = f"{selected.folder} is kept: {duration(age)} old, below --retrain {duration(options.retrain)}"
+    log.info("train: %s", reason)
+    summary = store.read_json(f"{selected.folder}/metrics.json")["summary"]
+    return {**summary, "model": selected.folder, "selected": selected.rung, "kept": reason, "skipped": True}
 
 
 def write_report(store: Store, windows: str, stages: _Stages) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from fleetcast import memory
 from fleetcast.errors import InputError
 from fleetcast.forecasting import overview
 from fleetcast.forecasting.predict import ForecastOptions, Selected, predict, rows
@@ -71,7 +72,8 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
         store.write_table(item["target"], table)
         return {"rows": len(table), "fallbacks": dict(fallbacks)}
 
-    receipts = list(make(store, plan, work_on, f"{work}/receipts", "forecast: groups").values())
+    room = memory.windows(data, 1, data.last_shards)
+    receipts = list(make(store, plan, work_on, f"{work}/receipts", "forecast: groups", room).values())
     shares = (store.read_json(item["overview"]) for item in plan.values())
     fallbacks: Counter[str] = Counter()
     for receipt in receipts:

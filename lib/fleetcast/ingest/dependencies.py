@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,16 +11,54 @@ import polars as pl
 
 from fleetcast import schemas
 from fleetcast.graphs import batch_jobs, colocation, correlation, dependencies, sparsify
+from fleetcast.ingest.chunks import parts_of
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
 from fleetcast.traces.parts import read_parts
 
+#: What tells which of a container's rows is the last.
+_ORDER = ("container", "start", "running", "machine", "service")
 
-def combine_dependencies(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:
+
+def place_containers(store: Store, folder: str, days: list[dict[str, Any]], before: str | None) -> list[str]:
+    """Day after day, the rows that say where containers ran on it: `<folder>/date=….parquet`.
+
+    These are the rows of the day (`days` has each `day` and the number of parts of its `readings`) and, of
+    each container, the last one before it; `before` is the day whose file says that of the first. So no day
+    needs more than its own rows and the day before. Returns a digest of what each file says.
+    """
+    held = None if before is None else _ended(_placed(store, folder, before))
+    digests = []
+    for item in days:
+        parts = parts_of(store, "hosted", f"date={item['day']}", item["readings"])
+        frames = [rows for rows in (held, read_parts(store, "hosted", parts)) if rows is not None]
+        rows = pl.concat([frame.select(_ORDER) for frame in frames]).unique().sort(_ORDER)
+        with store.write(f"{folder}/date={item['day']}.parquet") as file:
+            rows.write_parquet(file, compression="zstd")
+        digests.append(hashlib.blake2b(rows.write_csv().encode(), digest_size=8).hexdigest())
+        held = _ended(rows)
+    return digests
+
+
+def _placed(store: Store, folder: str, day: str) -> pl.DataFrame:
+    with store.fs.open(store.path(f"{folder}/date={day}.parquet"), "rb") as file:
+        return pl.read_parquet(file)
+
+
+def _ended(rows: pl.DataFrame) -> pl.DataFrame:
+    """The last row of each container, if it runs."""
+    return rows.group_by("container", maintain_order=True).last().filter("running")
+
+
+def combine_dependencies(
+    store: Store, options: IngestOptions, placements: str, item: dict[str, Any]
+) -> dict[str, Any]:
     """Tasks and instances, placements of containers, or else telemetry → dependencies of `item["day"]`."""
     day = datetime.fromisoformat(item["day"]).replace(tzinfo=UTC)
     slices = [day + timedelta(seconds=at) for at in range(0, 86_400, options.slice)]
-    found = [_batch(store, item, day), _colocation(store, item["hosted"], slices, options)]
+    found = [_batch(store, item, day)]
+    if item["placed"]:
+        found.append(_colocation(_placed(store, placements, item["day"]), slices, options))
     if item["telemetry"]:
         found.append(_correlation(store, item["telemetry"], slices, options))
     edges = sparsify.strongest(pl.concat(found), options.neighbours).sort("time", "kind", "target", "source")
@@ -35,8 +74,9 @@ def _batch(store: Store, item: dict[str, Any], day: datetime) -> pl.DataFrame:
     """Bucket by bucket: a job's records are all in one."""
     buckets: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"tasks": [], "instances": []})
     for product in ("tasks", "instances"):
-        for part in item[product]:
-            buckets[part.split("/")[-2]][product].append(part)
+        for near, readings in item[product].items():
+            for part in parts_of(store, product, f"date={near}", readings):
+                buckets[part.split("/")[-2]][product].append(part)
     found = []
     for bucket in buckets.values():
         tasks = read_parts(store, "tasks", bucket["tasks"])
@@ -50,16 +90,11 @@ def _batch(store: Store, item: dict[str, Any], day: datetime) -> pl.DataFrame:
     return dependencies.of_kind("batch", terms)
 
 
-def _colocation(
-    store: Store, parts: list[str], slices: list[datetime], options: IngestOptions
-) -> pl.DataFrame:
+def _colocation(hosted: pl.DataFrame, slices: list[datetime], options: IngestOptions) -> pl.DataFrame:
     """A container stays where it was last seen running until it is seen again."""
-    hosted = read_parts(store, "hosted", parts)
-    if hosted is None:
-        return _none()
     begun = pl.max_horizontal("start", pl.lit(slices[0]))
     placements = (
-        hosted.sort("container", "start", "running", "machine", "service")
+        hosted.sort(_ORDER)
         .with_columns(end=pl.col("start").shift(-1).over("container"))
         .filter(pl.col("running") & (pl.col("end").is_null() | (pl.col("end") > begun)))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,28 @@ def make(
     work: Callable[[dict[str, Any]], dict[str, Any]],
     receipts: str,
     what: str,
+    memory: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Builds each target of `plan` (target file → all that it is made of) whose inputs have changed.
 
-    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures, which is
-    kept below the folder `receipts`. Returns the receipts of all targets, old and new.
+    `work` gets the inputs and `target`, writes that file, and returns a receipt of small figures; it is given
+    `memory` bytes. Receipts of
+    a job that is under way are files below the folder `receipts`; those of finished ones are together in
+    `<receipts>.json`, so what a job asks of the store depends on what it builds. Returns the receipts of all
+    targets, old and new.
     """
+    finished = f"{receipts}.json"
+    saved: dict[str, dict[str, Any]] = store.read_json(finished) or {}
+    under_way = {path[len(receipts) + 1 : -len(".json")]: path for path in store.list(receipts, ".json")}
+    known = saved | {target: store.read_json(path) for target, path in under_way.items() if target in plan}
+    folder = os.path.commonpath([target.rpartition("/")[0] for target in plan]) if plan else ""
+    there = set(store.list(folder)) if known and plan else set()
     outputs: dict[str, dict[str, Any]] = {}
     stale = []
     for target, item in plan.items():
         digest = fingerprint(item)
-        receipt = store.read_json(f"{receipts}/{target}.json")
-        if receipt is None or receipt["inputs"] != digest or not store.exists(target):
+        receipt = known.get(target)
+        if receipt is None or receipt["inputs"] != digest or target not in there:
             stale.append({**item, "target": target, "digest": digest})
         else:
             outputs[target] = receipt
@@ -36,5 +47,12 @@ def make(
         store.write_json(f"{receipts}/{item['target']}.json", receipt)
         return receipt
 
-    built = spread(stale, build, what)
-    return outputs | {item["target"]: receipt for item, receipt in zip(stale, built, strict=True)}
+    built = spread(stale, build, what, memory=memory)
+    fresh = {item["target"]: receipt for item, receipt in zip(stale, built, strict=True)}
+    measured = ("seconds", "peak_bytes")  # of the task, not of what it made
+    kept = {target: {k: v for k, v in r.items() if k not in measured} for target, r in fresh.items()}
+    if outputs | kept != saved:
+        store.write_json(finished, outputs | kept)
+    if fresh or under_way:
+        store.remove(receipts)
+    return outputs | fresh

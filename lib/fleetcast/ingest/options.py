@@ -28,9 +28,11 @@ class IngestOptions(Options):
     max_rejected_share: float = Field(0.05, ge=0, le=1)
     """A table with a larger share of unusable rows [0-1] fails the job, and nothing is published."""
     chunk_mb: int = Field(128, ge=1)
-    """Raw bytes that one task reads of a plain csv file [MB]; compressed files are one task each."""
-    buckets: int = Field(1, ge=1, le=100)
-    """Parts of each day by entity. More parts need less memory each: one per 20 GB of raw rows is plenty."""
+    """Bytes of csv that one task reads [MB]. An archive that is larger itself is indexed first, and then read
+    in such pieces too; a smaller one is one task."""
+    buckets: int | None = Field(None, ge=1, le=100)
+    """Parts of each day by entity; more parts need less memory each. If not given, those that the store has;
+    a new store gets one for each 5 GB of the raw rows that it is made of."""
 
     @field_validator("trace")
     @classmethod

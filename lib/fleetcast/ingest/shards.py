@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from fleetcast import memory
 from fleetcast.errors import InputError
 from fleetcast.graphs import cut
 from fleetcast.ingest.make import make
@@ -49,12 +51,13 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
         raise InputError(f"{store.uri}: telemetry is not complete; run ingest (again)")
     digest = fingerprint([telemetry["fingerprint"], options.model_dump(mode="json")])
     saved = store.read_json(f"windows/{options.windows}/{MANIFEST}")
-    if saved is not None and saved.get("fingerprint") == digest:
+    if saved is not None and saved.get("fingerprint") == digest and _is_whole(store, saved):
         log.info("shard: windows/%s is complete", options.windows)
         return {**_figures(Manifest(**saved)), "skipped": True}
 
+    telemetry = _last(telemetry, options)
     work = f"_work/windows/{options.windows}-{digest}"
-    units, groups, borders = _units(store, options)
+    units, groups, borders = _units(store, options, telemetry)
     draft = _draft(telemetry, options, groups, borders, digest)
     grid = Grid.of(draft, options.dependencies)
     receipts = _build(store, work, telemetry, options, draft, grid, Places.of(draft, units))
@@ -66,6 +69,10 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     store.remove(work)
     peak = max((receipt.get("peak_bytes", 0) for receipt in receipts), default=0)
     return {**_figures(finished), "peak_bytes": peak, "skipped": False}
+
+
+def _is_whole(store: Store, saved: dict[str, Any]) -> bool:
+    return store.has(path for part in Manifest(**saved).shards for path in (part.path, part.edges))
 
 
 def _figures(manifest: Manifest) -> dict[str, Any]:
@@ -80,11 +87,33 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _units(store: Store, options: ShardOptions) -> tuple[pl.DataFrame, _Names, _Names]:
+def _last(telemetry: dict[str, Any], options: ShardOptions) -> dict[str, Any]:
+    """The telemetry's manifest as if there were no more than the span that is wanted."""
+    kind, base = _SOURCE_KIND[options.level], telemetry["settings"]["step"]
+    if options.span is None or kind not in telemetry["spans"]:
+        return telemetry
+    span = telemetry["spans"][kind]
+    start = span["first"] // options.step * options.step
+    surplus = (span["last"] + base - start) // options.step - options.span // options.step
+    if surplus <= 0:
+        return telemetry
+    start += surplus * options.step
+    # A window at the start has the edges of the last slice that had ended: it begins up to two before.
+    since = {"telemetry": start, "dependencies": start - 2 * telemetry["settings"]["slice"]}
+    days = {noun: f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}" for noun, at in since.items()}
+    files = [path for path in telemetry["files"] if path.split("/")[1] >= days[path.split("/")[0]]]
+    return {**telemetry, "spans": {kind: {**span, "first": start}}, "files": files}
+
+
+def _units(
+    store: Store, options: ShardOptions, telemetry: dict[str, Any]
+) -> tuple[pl.DataFrame, _Names, _Names]:
     """`entity` of the telemetry → `unit` that is forecast; the groups of units, and their borders."""
     entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
     kind = _SOURCE_KIND[options.level]
     measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
+    if options.span is not None and kind in telemetry["spans"]:
+        measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
     unit = pl.col("service") if options.level == "service" else pl.col("entity")
     named = measured.select("entity", unit=unit).drop_nulls()
     if named.is_empty():
@@ -98,17 +127,19 @@ def _units(store: Store, options: ShardOptions) -> tuple[pl.DataFrame, _Names, _
     named = named.filter(pl.col("unit").is_in(names))
     if len(names) <= options.group_size:
         return named, [names], [[]]
-    graph = _graph(store, options.dependencies, named)
+    graph = _graph(store, options.dependencies, telemetry, named)
     groups = cut.cut(names, graph, options.group_size)
     flow = graph.select("source", "target", weight="flow")
     return named, groups, cut.border(groups, flow, options.border)
 
 
-def _graph(store: Store, kinds: tuple[str, ...], units: pl.DataFrame) -> pl.DataFrame:
+def _graph(
+    store: Store, kinds: tuple[str, ...], telemetry: dict[str, Any], units: pl.DataFrame
+) -> pl.DataFrame:
     """All dependencies between units summed over time, as many rows as there are pairs: the `weight` of every
     kind as it is, and the `flow` that models see, of the chosen `kinds` on one scale."""
     total: pl.DataFrame | None = None
-    for path in store.list("dependencies", ".parquet"):
+    for path in (path for path in telemetry["files"] if path.startswith("dependencies/")):
         day: Any = pl.from_arrow(store.read_table(path))
         day = day.with_columns(pl.col("source", "target").cast(pl.String))
         seen = combine(day, kinds).group_by("source", "target").agg(flow=pl.col("weight").sum())
@@ -231,7 +262,9 @@ def _build(
         by = split_dependencies if item["source"].startswith("dependencies/") else split_telemetry
         return by(store, item["source"], item["target"], places, grid)
 
-    receipts = make(store, plan, split, f"{work}/receipts", "shard: split by group")
+    # A file of dependencies is smaller. A table read whole does not say how many rows a file of it has.
+    room = memory.splitting(telemetry.get("rows", 0), len(draft.metrics))
+    receipts = make(store, plan, split, f"{work}/receipts/split", "shard: split by group", room)
     where: dict[tuple[str, int], list[RowGroup]] = defaultdict(list)
     for path, receipt in sorted(receipts.items()):
         what = "edges" if "/split/dependencies/" in path else "values"
@@ -270,7 +303,8 @@ def _build(
         )
         return {"statistics": statistics, "rows": (part.last - part.first) * len(draft.members(part.group))}
 
-    return list(make(store, shards, build, f"{work}/receipts", "shard: shards").values())
+    room = memory.building(draft)
+    return list(make(store, shards, build, f"{work}/receipts/shards", "shard: shards", room).values())
 
 
 def _date(draft: Manifest, step: int) -> str:

@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from fleetcast.config import Options
+from fleetcast.config import Options, S3Options
 from fleetcast.errors import InputError
+from fleetcast.store import Store, use_s3
 
 
 class ServeOptions(Options):
@@ -16,6 +17,8 @@ class ServeOptions(Options):
 
     store: str
     """The store whose newest forecast and selected model are served: a folder or `s3://bucket/prefix`."""
+    s3: S3Options = S3Options()
+    """How `s3://` is reached."""
     clock: Literal["wall", "trace"] = "wall"
     """What "now" is. wall: the server's clock; past its horizon a forecast is stale. trace: the newest
     forecast's beginning, for traces of the past."""
@@ -30,6 +33,11 @@ class ServeOptions(Options):
     """Share of a replica's capacity that required replicas leave it with, where a request does not say."""
     unknown_entities: int = Field(10_000, ge=0)
     """Most entities that the model was not trained on whose telemetry is kept."""
+
+    def open(self) -> Store:
+        """The store, reached as the options say."""
+        use_s3(self.s3)
+        return Store(self.store)
 
     def token(self) -> bytes:
         """The token of `token_variable`, empty if none is asked for. Raises InputError if it is not set: a

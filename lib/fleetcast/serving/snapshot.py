@@ -115,6 +115,8 @@ class Snapshot:
         expected = manifest["figures"]["entities"]
         if not parts or len(set(names)) != expected:
             raise InputError(f"{store.uri}/{folder}: {len(set(names))} entities, expected {expected}")
+        if store.read_json(f"{folder}/{MANIFEST}") != manifest:
+            raise InputError(f"{store.uri}/{folder}: was published anew while it was read")
         values = np.concatenate(parts)
         wrong = int((~np.isfinite(values)).sum() + (values < 0).sum())
         if wrong:

@@ -16,7 +16,7 @@ from fleetcast.forecasting.run import read_selected
 from fleetcast.serving.live import Answer, Asked, Live, Points
 from fleetcast.serving.options import ServeOptions
 from fleetcast.serving.snapshot import Snapshot, newest
-from fleetcast.store import MANIFEST, Store
+from fleetcast.store import MANIFEST
 from fleetcast.training.register import SELECTED
 
 log = logging.getLogger("fleetcast")
@@ -45,7 +45,7 @@ class Forecasts:
     """The newest published forecast."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self.options, self.store = options, Store(options.store)
+        self.options, self.store = options, options.open()
         self.snapshot: Snapshot | None = None
         self.reason = "no forecast has been looked for yet"
         """Why there is no snapshot, or why a newer one was refused; empty if all is well."""
@@ -75,7 +75,7 @@ class Models:
     """The selected model, and the state of all entities."""
 
     def __init__(self, options: ServeOptions) -> None:
-        self.store, self.options = Store(options.store), options
+        self.store, self.options = options.open(), options
         self.live: Live | None = None
         self.reason = "no model has been looked for yet"
         """Why there is no model, or why another one was refused; empty if all is well."""

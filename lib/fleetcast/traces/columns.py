@@ -23,7 +23,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from fleetcast.errors import InputError
-from fleetcast.store import content_key
+from fleetcast.store import arrow, content_key
 
 FORMATS = (".parquet", ".csv", ".csv.gz")
 
@@ -154,7 +154,7 @@ class ColumnFile:
                 yield raw
 
     def _parquet(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self.path, filesystem=self.fs)
+        return pq.ParquetFile(self.path, filesystem=arrow(self.fs))
 
     def _first_line(self) -> tuple[str, ...]:
         with self._stream() as stream:

@@ -37,6 +37,9 @@ class PartWriter:
         self.pending: dict[str, list[pl.DataFrame]] = {}
         self.held = 0
         self.written: Counter[str] = Counter()
+        """Files in each folder."""
+        self.rows: Counter[str] = Counter()
+        """Partial rows in each folder."""
 
     def add(self, product: str, frame: pl.DataFrame) -> None:
         """Takes partial rows of a product."""
@@ -49,8 +52,10 @@ class PartWriter:
         """Writes everything held."""
         for product, frames in self.pending.items():
             merged = PRODUCTS[product].merge(pl.concat(frames))
-            for folder, rows in partitions(product, merged, self.buckets).items():
-                with self.store.write(self._name(f"{self.parts}/{product}/{folder}")) as file:
+            for place, rows in partitions(product, merged, self.buckets).items():
+                folder = f"{self.parts}/{product}/{place}"
+                self.rows[folder] += len(rows)
+                with self.store.write(self._name(folder)) as file:
                     rows.write_parquet(file, compression="lz4")
         self.pending.clear()
         self.held = 0
@@ -75,12 +80,29 @@ class PartWriter:
 
 def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | None:
     """The merged rows of some parts, or None if there are none. Parts come in the order of their names, so
-    sums of floats are the same whichever task wrote its part first."""
-    frames = []
+    sums of floats are the same whichever task wrote its part first. No more is held than twice what merging
+    leaves, or `FLUSH_ROWS`."""
+    merge = PRODUCTS[product].merge
+    frames: list[pl.DataFrame] = []
+    held, most = 0, FLUSH_ROWS
     for part in sorted(parts):
         with store.fs.open(store.path(part), "rb") as file:
             frames.append(pl.read_parquet(file))
-    return PRODUCTS[product].merge(pl.concat(frames)) if frames else None
+        held += len(frames[-1])
+        if held > most:
+            frames = [merge(pl.concat(frames))]
+            held = len(frames[0])
+            most = max(FLUSH_ROWS, 2 * held)
+    return merge(pl.concat(frames)) if frames else None
+
+
+def merge_parts(store: Store, product: str, parts: list[str], target: str) -> dict[str, Any]:
+    """Parts → one that holds the same."""
+    rows = read_parts(store, product, parts)
+    assert rows is not None, "a target is only planned where there are parts"
+    with store.write(target) as file:
+        rows.sort(rows.columns).write_parquet(file, compression="zstd")
+    return {"rows": len(rows)}
 
 
 def combine_telemetry(
@@ -99,17 +121,22 @@ def combine_telemetry(
     }
 
 
-def combine_entities(store: Store, parts: list[str], target: str) -> dict[str, Any]:
-    """Parts → everything known of every entity, by kind and name; services are entities too."""
+def combine_entities(store: Store, parts: list[str], target: str, start: int = 0) -> dict[str, Any]:
+    """Parts → everything known of every entity, by kind and name; services are entities too.
+
+    `start` is the Unix time of the second 0 that the descriptions count from.
+    """
     descriptions = read_parts(store, "entities", parts)
     assert descriptions is not None, "a target is only planned where there are parts"
-    merged = last_known(descriptions)
+    measured = descriptions.filter("measured").group_by("entity").agg(last_measured=pl.col("seen").max())
+    merged = last_known(descriptions).join(measured, on="entity", how="left")
     services = (
         merged.drop_nulls("service")
         .group_by(entity="service")
-        .agg(pl.lit("service").alias("kind"), pl.col("measured").any())
+        .agg(pl.lit("service").alias("kind"), pl.col("measured").any(), pl.col("last_measured").max())
     )
     everything = pl.concat([merged, services], how="diagonal").sort("kind", "entity")
-    everything = everything.with_columns(pl.col("measured").fill_null(False))
+    last = ((pl.col("last_measured") + start) * 1000).cast(pl.Datetime("ms", "UTC"))
+    everything = everything.with_columns(pl.col("measured").fill_null(False), last_measured=last)
     store.write_table(target, everything.select(schemas.ENTITIES.names).to_arrow().cast(schemas.ENTITIES))
     return {"rows": len(everything)}

@@ -21,9 +21,9 @@ class Product:
     merge: Callable[[pl.DataFrame], pl.DataFrame]
     """Rows of several parts → one part."""
     date: str | None
-    """Column whose date partitions the parts; None where the table is small and kept whole."""
+    """Column whose date partitions the parts; None where the table is kept whole."""
     key: str | None
-    """Column whose hash picks the bucket."""
+    """Column whose hash picks the bucket; None where a day of the table is small and has only one."""
 
 
 def _merge_bins(parts: pl.DataFrame) -> pl.DataFrame:
@@ -53,7 +53,7 @@ PRODUCTS: dict[str, Product] = {
     "machine": Product(_merge_bins, "time", "entity"),
     "container": Product(_merge_bins, "time", "entity"),
     "entities": Product(_merge_entities, None, None),
-    "hosted": Product(_distinct, None, None),
+    "hosted": Product(_distinct, "start", None),
     "tasks": Product(_distinct, "slice", "job_name"),
     "instances": Product(_merge_instances, "slice", "job_name"),
     "calls": Product(_merge_calls, "time", "source"),
@@ -65,9 +65,10 @@ TELEMETRY = ("machine", "container")
 def partitions(product: str, frame: pl.DataFrame, buckets: int) -> dict[str, pl.DataFrame]:
     """A part → its rows by folder: `date=2018-01-02/bucket=03`, or `all`."""
     spec = PRODUCTS[product]
-    if spec.date is None or spec.key is None:
+    if spec.date is None:
         return {"all": frame}
-    folder = pl.format("date={}/bucket={}", pl.col(spec.date).dt.date(), _bucket(frame[spec.key], buckets))
+    bucket = pl.lit("00") if spec.key is None else _bucket(frame[spec.key], buckets)
+    folder = pl.format("date={}/bucket={}", pl.col(spec.date).dt.date(), bucket)
     marked = frame.with_columns(folder.alias("_folder"))
     return {
         str(folder): rows

@@ -446,7 +446,8 @@ def _bins(rows: pl.DataFrame, metrics: tuple[str, ...], step: int) -> pl.DataFra
 def _entities(bins: pl.DataFrame, options: TabularOptions) -> pl.DataFrame:
     """Descriptions, as `PRODUCTS` merges them. A service is its own only container."""
     service = pl.col("entity") if options.level == "service" else pl.lit(None, pl.String)
-    return bins.select("entity").unique().select(
+    seen = bins.group_by("entity").agg(pl.col("time").max())
+    return seen.select(
         "entity",
         kind=pl.lit(options.kind),
         parent=pl.lit(None, pl.String),
@@ -454,7 +455,7 @@ def _entities(bins: pl.DataFrame, options: TabularOptions) -> pl.DataFrame:
         cpu_capacity=pl.lit(None, pl.Float32),
         memory_capacity=pl.lit(None, pl.Float32),
         measured=pl.lit(True),
-        seen=pl.lit(0, pl.Int64),
+        seen=pl.col("time").dt.epoch("s"),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fleetcast import memory
 from fleetcast.evaluation import backtest, metrics
 from fleetcast.evaluation.backtest import Measured
 from fleetcast.models import saving
@@ -93,7 +94,8 @@ def _measure(
                 backtest.save(measured, file)
         return {"windows": sum(len(origins) for _, origins in item["plan"])}
 
-    receipts = spread(items, work_on, f"evaluation of the {part} part", "windows")
+    room = memory.windows(manifest, 2)  # one in use, one read ahead
+    receipts = spread(items, work_on, f"evaluation of the {part} part", "windows", room)
     total: dict[str, Measured] = {}
     for item in items:  # in the order of the items, so that sums do not depend on who was first
         with store.fs.open(store.path(item["file"]), "rb") as file:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -25,6 +26,7 @@ from fleetcast.windows import order
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Part
+from fleetcast.windows.order import Item
 
 log = logging.getLogger("fleetcast")
 
@@ -46,6 +48,17 @@ class Progress:
     best_loss: float = math.inf
     best_epoch: int = -1
     history: list[dict[str, float]] = field(default_factory=list)
+    """Of each epoch: `train_loss`, `val_loss`, `seconds`, `windows_per_s` (training, all ranks), and
+    `wait_share`, the mean share of these seconds that a rank waited for batches."""
+
+    @property
+    def wait_share(self) -> float | None:
+        """`wait_share` of all epochs together; None where it was not measured."""
+        measured = [epoch for epoch in self.history if "wait_share" in epoch]
+        seconds = sum(epoch["seconds"] for epoch in measured)
+        return (
+            sum(epoch["wait_share"] * epoch["seconds"] for epoch in measured) / seconds if seconds else None
+        )
 
     def finished(self, options: FitOptions) -> bool:
         """Whether the last epoch is over or the validation loss has stopped falling."""
@@ -77,6 +90,8 @@ class Run:
     """Weights of the best epoch so far."""
     rank: int = 0
     world: int = 1
+    waited: float = 0.0
+    """Seconds of this epoch that this rank has waited for batches."""
 
     @classmethod
     def start(cls, model: Model, shards: Shards, options: FitOptions, rank: int = 0, world: int = 1) -> Run:
@@ -94,6 +109,17 @@ class Run:
         """The model itself."""
         return cast(Model, getattr(self.net, "module", self.net))
 
+    def batches(self, plan: Sequence[Item]) -> Generator[Batch, None, None]:
+        """The batches of a plan; how long each is waited for adds to `waited`."""
+        with closing(self.shards.batches(plan, self.device)) as batches:
+            while True:
+                asked = time.monotonic()
+                batch = next(batches, None)
+                self.waited += time.monotonic() - asked
+                if batch is None:
+                    return
+                yield batch
+
 
 def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
     """Runs all epochs that are left; `save` is called after each, on every rank, with its figures.
@@ -110,53 +136,62 @@ def train(run: Run, save: Callable[[Run, dict[str, float]], None]) -> None:
         # An epoch's randomness comes from seed, epoch and rank alone, so a resumed run draws what an
         # uninterrupted one draws.
         torch.manual_seed(hash((run.options.seed, epoch, run.rank)) % 2**31)
-        started = time.monotonic()
-        train_loss, windows = _train_epoch(run)
+        started, run.waited = time.monotonic(), 0.0
+        train_loss, windows_per_s = _train_epoch(run)
         val_loss = validate(run)
         _check(val_loss, f"epoch {epoch + 1}: the validation loss")
-        seconds = time.monotonic() - started
+        times = _times(run, started)
         if val_loss < run.progress.best_loss:
             run.progress.best_loss, run.progress.best_epoch = val_loss, epoch
             run.best = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
-        figures = {"train_loss": train_loss, "val_loss": val_loss, "seconds": seconds}
+        figures = {"train_loss": train_loss, "val_loss": val_loss, **times, "windows_per_s": windows_per_s}
         run.progress.history.append(figures)
         run.progress.epoch += 1
         if run.rank == 0:
             log.info(
-                "epoch %d/%d: train loss %.4f, validation loss %.4f (best %.4f in epoch %d), %s windows/s",
+                "epoch %d/%d: train loss %.4f, validation loss %.4f (best %.4f in epoch %d), %s windows/s, "
+                "%.1f %% of the time waiting for batches",
                 epoch + 1,
                 run.options.epochs,
                 train_loss,
                 val_loss,
                 run.progress.best_loss,
                 run.progress.best_epoch + 1,
-                f"{windows / seconds:,.0f}",
+                f"{windows_per_s:,.0f}",
+                100 * times["wait_share"],
             )
         save(run, figures)
 
 
+def _times(run: Run, started: float) -> dict[str, float]:
+    """How long the epoch took, and which share of it the ranks waited for batches."""
+    seconds = time.monotonic() - started
+    waited, passed = _sum_over_ranks(run, torch.tensor([run.waited, seconds], dtype=torch.float64)).tolist()
+    return {"seconds": seconds, "wait_share": waited / passed}
+
+
 def _fit(run: Run, model: Fitted, save: Callable[[Run, dict[str, float]], None]) -> None:
     """The one epoch of a model that is fitted at once, by every rank alike."""
-    started = time.monotonic()
+    started, run.waited = time.monotonic(), 0.0
 
     def batches(part: Part) -> Iterator[Batch]:
         plan = order.evaluation(run.shards.manifest, part, run.options.batch_size)
-        for batch in run.shards.batches(plan):
+        for batch in run.batches(plan):
             yield batch.alone()  # of a border there is nothing to learn twice
 
     model.fit(partial(batches, "train"), partial(batches, "val"))
     val_loss = validate(run)
     _check(val_loss, "the validation loss")
     run.best = dict(model.state_dict())
-    figures = {"val_loss": val_loss, "seconds": time.monotonic() - started}
+    figures = {"val_loss": val_loss, **_times(run, started)}
     run.progress = Progress(1, val_loss, 0, [figures])
     if run.rank == 0:
         log.info("fitted in %.1f s: validation loss %.4f", figures["seconds"], val_loss)
     save(run, figures)
 
 
-def _train_epoch(run: Run) -> tuple[float, int]:
-    """Mean loss over the epoch's observed targets, and windows seen by all ranks."""
+def _train_epoch(run: Run) -> tuple[float, float]:
+    """Mean loss over the epoch's observed targets, and windows per second of all ranks."""
     o = run.options
     epoch = run.progress.epoch
     for group in run.optimizer.param_groups:
@@ -166,34 +201,45 @@ def _train_epoch(run: Run) -> tuple[float, int]:
     )
     run.net.train()
     total = torch.zeros(2, dtype=torch.float64)
-    windows, last = 0, time.monotonic()
-    started = last
-    for step, batch in enumerate(run.shards.batches(plan)):
-        loss, count = _losses(run, batch)
-        global_count = _sum_over_ranks(run, count.double()[None])[0]
-        # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
-        mean = loss * (run.world / global_count.clamp(min=1)).to(loss.dtype)
-        _check(mean.item(), f"epoch {epoch + 1}, step {step + 1}: the loss")
-        run.optimizer.zero_grad(set_to_none=True)
-        mean.backward()
-        nn.utils.clip_grad_norm_(run.net.parameters(), o.clip_norm)
-        run.optimizer.step()
-        total += torch.stack([loss.detach().double().cpu(), count.double().cpu()])
-        windows += len(batch.origins) * run.world
-        now = time.monotonic()
-        if run.rank == 0 and now - last > 5:
-            last = now
-            log.info(
-                "epoch %d/%d, step %d/%d: loss %.4f, %s windows/s",
-                epoch + 1,
-                o.epochs,
-                step + 1,
-                len(plan),
-                mean.item(),
-                f"{windows / (now - started):,.0f}",
-            )
+    windows, started = 0, time.monotonic()
+    last = started
+    with closing(run.batches(plan)) as batches:
+        for step, batch in enumerate(batches):
+            loss, count = _losses(run, batch)
+            mean = _step(run, loss, count, f"epoch {epoch + 1}, step {step + 1}")
+            total += torch.stack([loss.detach().double().cpu(), count.double().cpu()])
+            windows += len(batch.origins) * run.world
+            now = time.monotonic()
+            if run.rank == 0 and now - last > 5:
+                last = now
+                log.info(
+                    "epoch %d/%d, step %d/%d: loss %.4f, %s windows/s",
+                    epoch + 1,
+                    o.epochs,
+                    step + 1,
+                    len(plan),
+                    mean,
+                    f"{windows / (now - started):,.0f}",
+                )
+    rate = windows / (time.monotonic() - started)
     loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()
-    return loss_sum / max(seen, 1), windows
+    return loss_sum / max(seen, 1), rate
+
+
+def _step(run: Run, loss: Tensor, count: Tensor, when: str) -> float:
+    """One step of the optimizer on this rank's sum of losses; returns their mean over all ranks' targets.
+
+    Raises DivergedError that says when.
+    """
+    global_count = _sum_over_ranks(run, count.double()[None])[0]
+    # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
+    mean = loss * (run.world / global_count.clamp(min=1)).to(loss.dtype)
+    _check(value := mean.item(), f"{when}: the loss")
+    run.optimizer.zero_grad(set_to_none=True)
+    mean.backward()
+    nn.utils.clip_grad_norm_(run.net.parameters(), run.options.clip_norm)
+    run.optimizer.step()
+    return value
 
 
 def _check(loss: float, what: str) -> None:
@@ -207,10 +253,11 @@ def validate(run: Run) -> float:
     run.net.eval()
     total = torch.zeros(2, dtype=torch.float64)
     plan = order.evaluation(run.shards.manifest, "val", run.options.batch_size, run.rank, run.world)
-    for batch in run.shards.batches(plan):
-        # Not through DDP: ranks may have different numbers of batches here.
-        loss, count = _losses(run, batch, run.model)
-        total += torch.stack([loss.double().cpu(), count.double().cpu()])
+    with closing(run.batches(plan)) as batches:
+        for batch in batches:
+            # Not through DDP: ranks may have different numbers of batches here.
+            loss, count = _losses(run, batch, run.model)
+            total += torch.stack([loss.double().cpu(), count.double().cpu()])
     loss_sum, seen = _sum_over_ranks(run, total.to(run.device)).tolist()
     return loss_sum / max(seen, 1)
 

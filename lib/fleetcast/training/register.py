@@ -69,6 +69,7 @@ def _summary(trained: Trained, evaluation: Evaluation) -> dict[str, Any]:
         "validation_error": {r: scaled_mae(f) for r, f in evaluation.validation.items()},
         "test_error": test,
         "coverage": coverage,
+        "wait_share": trained.progress.wait_share,
         "peak_bytes": max(trained.peak_bytes, evaluation.peak_bytes),
     }
 
@@ -100,6 +101,7 @@ def _describe(
             "windows": manifest.name,
             "level": manifest.level,
             "step": manifest.step,
+            "end": manifest.start + manifest.step * manifest.steps,
             "scaler": manifest.scaler.model_dump(mode="json"),
             "seasonal_error": list(manifest.seasonal_error),
             "options": trained.options,

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from fleetcast import models
+from fleetcast import memory, models
 from fleetcast.models import saving
 from fleetcast.models.base import ModelConfig
 from fleetcast.models.geometry import Geometry
-from fleetcast.runtime import PeakMemory, log_to, worker_logs
+from fleetcast.runtime import PeakMemory, lent, log_to, worker_logs
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store, fingerprint
 from fleetcast.training import checkpoints
@@ -29,8 +29,12 @@ from fleetcast.training.register import Trained, register, select, verdict
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest
+from fleetcast.windows.order import POOL
 
 log = logging.getLogger("fleetcast")
+
+#: Where Ray Train keeps its state and the checkpoints of runs that have not ended.
+WORK = "_work/training"
 
 
 def train_model(store: Store, options: TrainOptions) -> dict[str, Any]:
@@ -89,6 +93,8 @@ def fit(
             sender.stop()
 
     gpu = {"GPU": 1.0} if options.gpu else {}
+    # A pool in use and one that is read ahead.
+    room = lent(memory.windows(manifest, 2 * POOL), "train")
     log.info(
         "train: %s on %d worker(s), %d training windows of %d group(s)",
         options.model,
@@ -104,11 +110,11 @@ def fit(
             scaling_config=ScalingConfig(
                 num_workers=options.workers,
                 use_gpu=options.gpu,
-                resources_per_worker={"CPU": options.cpus_per_worker, **gpu},
+                resources_per_worker={"CPU": options.cpus_per_worker, "memory": room or 0, **gpu},
             ),
             run_config=RunConfig(
                 name=digest,
-                storage_path=store.path("_work/training"),
+                storage_path=store.path(WORK),
                 storage_filesystem=store.arrow_fs,
                 failure_config=FailureConfig(max_failures=options.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -141,6 +147,14 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
             checkpoints.restore(run, Path(folder))
         log.info("train: rank %d goes on after epoch %d", run.rank, run.progress.epoch)
 
+    def keep(checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Ray's own copying says nothing of a file that a store did not take."""
+        place = f"{WORK}/{context.get_experiment_name()}/{name}"
+        for part in Path(checkpoint.path).iterdir():
+            with store.write(f"{place}/{part.name}") as file:
+                file.write(part.read_bytes())
+        return ray.train.Checkpoint(store.path(place), store.arrow_fs)
+
     def save(run: Run, figures: dict[str, float]) -> None:
         watch(run, figures)
         with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +162,7 @@ def _worker(store: Store, manifest: Manifest, options: TrainOptions, geometry: G
             if run.rank == 0:
                 checkpoints.write(run, Path(folder))
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(figures, checkpoint=checkpoint)
+            ray.train.report(figures, checkpoint=checkpoint, checkpoint_upload_fn=keep)
 
     with curves(options.tensorboard if run.rank == 0 else None) as watch:
         train(run, save)

@@ -8,6 +8,7 @@ windows together, Q quantiles. Only own entities are forecast: the border has no
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -79,13 +80,17 @@ class Batch:
         """The batch on another device."""
         # Work on a GPU waits for a copy to it; the CPU would read a copy that is still on its way.
         later = torch.device(device).type != "cpu"
+        return self._each(lambda part: part.to(device, non_blocking=later))
 
-        def moved(part: Tensor) -> Tensor:
-            return part.to(device, non_blocking=later)
+    def pinned(self, device: torch.device) -> Batch:
+        """The batch in memory from which a GPU copies while CPU and GPU work."""
+        with torch.cuda.device(device):  # each thread has a current device of its own
+            return self._each(Tensor.pin_memory)
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {
-            field.name: moved(getattr(self, field.name))
+            field.name: change(getattr(self, field.name))
             for field in dataclasses.fields(self)
             if field.name != "edges"
         }
-        return Batch(edges=Edges(moved(self.edges.index), moved(self.edges.weight)), **tensors)
+        return Batch(edges=Edges(change(self.edges.index), change(self.edges.weight)), **tensors)

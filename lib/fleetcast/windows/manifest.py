@@ -209,6 +209,9 @@ class ShardOptions(Options):
     """Metrics to read and forecast; `<metric>_max` is the maximum within the bin."""
     step: Seconds = Field(900, ge=1)
     """Width of a step [s, or 15min]; a multiple of the telemetry's, whose bins are averaged."""
+    span: Seconds | None = Field(None, ge=1)
+    """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
+    there is telemetry of in them; all of it if not given."""
     history: Seconds = 86_400
     """Look-back [s, or 1d]."""
     horizon: Seconds = 86_400
@@ -258,4 +261,11 @@ class ShardOptions(Options):
         for lag in self.lags:
             if lag % self.step:
                 raise ValueError(f"lag ({lag} s) must be a multiple of step ({self.step} s)")
+        if self.span is not None:
+            try:
+                boundaries(
+                    self.span // self.step, self.split, self.history // self.step, self.horizon // self.step
+                )
+            except InputError as error:
+                raise ValueError(f"span ({self.span} s) is too short: {error}") from error
         return self

@@ -1,11 +1,12 @@
 """Which windows each rank sees, and in which order.
 
 Training: within a shard windows are shuffled and cut into batches; shards are visited in a shuffled order, a
-few at a time (a pool), and the batches of a pool are shuffled again. Ranks take batches in turn. So the order
-depends on seed, epoch and world size only, every rank takes the same number of steps, and a rank never holds
-more than a pool of shards.
+few at a time (a pool), and the batches of a pool are shuffled again. Of all these batches each rank takes one
+stretch, as long as any other's, so ranks do not read each other's shards. So the order depends on seed, epoch
+and world size only, and a rank uses no more than a pool of shards at once; as the loader reads those of the
+next pool meanwhile, it holds two.
 
-Evaluation: every window once, in order, ranks in turn; nothing is dropped and nothing repeated.
+Evaluation: every window once, in order, a stretch for each rank; nothing is dropped and nothing repeated.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from fleetcast.windows.manifest import Manifest, Part
 #: A shard's position in the manifest, and the origins of one batch of its windows.
 Item = tuple[int, NDArray[np.int64]]
 
-#: Shards that a rank holds at once while training.
+#: Shards whose batches are mixed; a rank that trains holds these and as many that come next.
 POOL = 4
 
 
 def evaluation(manifest: Manifest, part: Part, batch_size: int, rank: int = 0, world: int = 1) -> list[Item]:
     """All windows of a part that are this rank's, each exactly once over all ranks."""
-    return list(_batches(manifest, part, batch_size))[rank::world]
+    plan = list(_batches(manifest, part, batch_size))
+    stretch = -(-len(plan) // world)
+    return plan[rank * stretch : (rank + 1) * stretch]
 
 
 def training(
@@ -51,10 +54,9 @@ def training(
             origins = rng.permutation(manifest.origins(manifest.shards[index], "train"))
             pool += [(int(index), chunk) for chunk in _cut(origins, batch_size)]
         plan += [pool[i] for i in rng.permutation(len(pool))]
-    steps = -(-len(plan) // world)
-    if most is not None:
-        steps = min(steps, most)
-    return [plan[(step * world + rank) % len(plan)] for step in range(steps)]
+    stretch = -(-len(plan) // world)
+    steps = stretch if most is None else min(stretch, most)
+    return [plan[(rank * stretch + step) % len(plan)] for step in range(steps)]
 
 
 def _batches(manifest: Manifest, part: Part, batch_size: int) -> Iterator[Item]:
