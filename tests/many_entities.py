@@ -70,8 +70,17 @@ def _sources(entities: int, random: np.random.Generator) -> np.ndarray:
 def _describe(store: Store, machines: list[str], files: list[str], days: int) -> None:
     unknown = dict.fromkeys(("parent", "service"), pl.lit(None, pl.String))
     capacity = dict.fromkeys(("cpu_capacity", "memory_capacity"), pl.lit(1.0))
-    entities = pl.DataFrame({"entity": machines}).with_columns(
-        kind=pl.lit("machine"), measured=pl.lit(True), **unknown, **capacity
+    last = START + days * 86_400 - STEP
+    entities = (
+        pl.DataFrame({"entity": machines})
+        .with_columns(
+            kind=pl.lit("machine"),
+            measured=pl.lit(True),
+            last_measured=pl.lit(1000 * last),
+            **unknown,
+            **capacity,
+        )
+        .cast({"last_measured": pl.Datetime("ms", "UTC")})
     )
     table = entities.select(schemas.ENTITIES.names).to_arrow().cast(schemas.ENTITIES)
     store.write_table("entities/entities.parquet", table)
@@ -81,7 +90,7 @@ def _describe(store: Store, machines: list[str], files: list[str], days: int) ->
             "fingerprint": f"{len(machines)} machines, {days} days",
             "metrics": list(METRICS),
             "settings": {"step": STEP, "slice": SLICE},
-            "spans": {"machine": {"first": START, "last": START + days * 86_400 - STEP}},
+            "spans": {"machine": {"first": START, "last": last}},
             "files": files,
         },
     )
