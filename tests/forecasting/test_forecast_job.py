@@ -73,6 +73,22 @@ def test_the_total_of_the_overview_is_the_sum_of_the_published_rows(serve, value
         assert total[metric]["forecast"]["mean"] == pytest.approx(summed.to_list(), rel=1e-5)
 
 
+def test_many_groups_share_files_and_the_forecast_is_the_same(serve, values, monkeypatch):
+    store, _ = serve(values)
+    forecast(store, OPTIONS)
+    frame = pl.read_parquet(f"{store.root}/{FOLDER}/*.parquet")
+    shown = store.read_json(f"{FOLDER}/overview.json")
+    store.remove("forecasts")
+    monkeypatch.setattr(run, "_MOST_FILES", 1)
+    forecast(store, OPTIONS)
+    assert store.list(FOLDER, ".parquet") == [f"{FOLDER}/part-00000.parquet"]
+    names = [pl.col("entity", "metric", "model", "fallback").cast(pl.String)]
+    again = pl.read_parquet(f"{store.root}/{FOLDER}/*.parquet")
+    assert again.with_columns(names).equals(frame.with_columns(names))
+    assert store.read_json(f"{FOLDER}/overview.json") == shown
+    assert store.list("_work") == []
+
+
 def test_a_second_run_does_nothing(serve, values, predicted):
     store, _ = serve(values)
     first = forecast(store, OPTIONS)

@@ -96,6 +96,9 @@ def test_groups_together_show_what_one_group_shows(random, data, shifts):
     members = random.permutation(ENTITIES)
     groups = [cut(found, part.tolist()) for part in np.array_split(members, 4)]
     assert of(groups, data, shifts) == of([found], data, shifts)
+    shares = [overview.of_group(group, data) for group in groups]
+    pairs = [overview.together(*shares[:2]), overview.together(*shares[2:])]
+    assert overview.of_cluster(pairs, data, shifts) == of([found], data, shifts)
 
 
 def test_the_total_goes_as_far_back_as_all_groups_do(random, data, shifts):

@@ -13,7 +13,8 @@ from fleetcast.models import saving
 from fleetcast.models.stgnn import StgnnConfig
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import Store
-from fleetcast.training import run
+from fleetcast.training import evaluate, run
+from fleetcast.training.evaluate import scaled_mae
 from fleetcast.training.options import TrainOptions
 from fleetcast.training.run import train_model
 
@@ -129,3 +130,19 @@ def test_without_windows_the_error_names_those_that_are_there(made):
     store, _ = made
     with pytest.raises(InputError, match=r"--windows other: no such dataset .*there: test"):
         train_model(store, TrainOptions(windows="other"))
+
+
+def test_evaluation_in_fewer_tasks_of_more_groups_finds_the_same(made, ray_cluster, monkeypatch):
+    store, data = made
+    model = train_model(store, OPTIONS)["model"]
+    found = []
+    for most in (256, 1):
+        monkeypatch.setattr(evaluate, "_MOST_TASKS", most)
+        found.append(evaluate.evaluate(store, data, model, "stgnn", f"_work/{most}"))
+        assert (len(store.list(f"_work/{most}", ".npz")) == 2) == (most == 1), "one of each part"
+    for name, one in found[0].test.items():
+        other = found[1].test[name]
+        assert one.scores.n.tolist() == other.scores.n.tolist()
+        np.testing.assert_allclose(scaled_mae(one), scaled_mae(other), rtol=1e-12)
+        np.testing.assert_array_equal(one.entities.n, other.entities.n)
+        np.testing.assert_array_equal(found[0].shifts[name], found[1].shifts[name])
