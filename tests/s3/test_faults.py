@@ -216,7 +216,7 @@ def test_a_raw_file_is_told_by_two_megabytes_of_it(faulty, bucket):
 
 def test_of_a_parquet_file_only_the_wanted_columns_are_read(faulty, bucket):
     store = Store(bucket)
-    noise = [os.urandom(64) for _ in range(30_000)]
+    noise = [os.urandom(250) for _ in range(30_000)]
     store.write_table("t.parquet", pa.table({"x": range(30_000), "a": noise, "b": noise[::-1]}))
     size = store.fs.size(store.path("t.parquet"))
     before = faulty.read()
