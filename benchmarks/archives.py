@@ -46,7 +46,7 @@ class ArchiveOptions(Options):
 
     gb: float = Field(1.0, gt=0)
     """Decompressed size of the archive [GB]."""
-    chunk_mb: int = Field(64, ge=1)
+    chunk_mb: int = Field(128, ge=1)
     """What one task reads of it once it is indexed [MB]."""
 
 

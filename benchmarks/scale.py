@@ -33,9 +33,18 @@ from pydantic import Field
 from benchmarks.report import BenchConfig, log, machine, megabytes, run, table
 
 STAGES = ("synthesize", "ingest", "shard")
+#: Their names in the picture.
+PROCESSES = {
+    "driver": "driver",
+    "chunks": "a chunk's task",
+    "telemetry": "a day's task",
+    "dependencies": "a graph's task",
+    "shard": "a shard's task",
+}
 _COLUMNS = (
     *("days", "rows", "csv", *STAGES, "ns a row: ingest", "its map", "peak of the driver"),
-    *("of an ingest task", "of a shard task", "telemetry and parts", "files", "windows"),
+    *("of a chunk's task", "of a day's", "of a graph's", "of a shard's"),
+    *("telemetry and parts", "files", "windows"),
 )
 
 
@@ -85,7 +94,7 @@ def _row(f: dict[str, Any]) -> list[str]:
         *(f"{f['seconds'][stage]:,.0f} s" for stage in STAGES),
         f"{1e9 * f['seconds']['ingest'] / f['rows']:.0f}",
         f"{1e9 * f['seconds']['map'] / f['rows']:.0f}",
-        *(megabytes(f["peak_bytes"][process]) for process in ("driver", "ingest", "shard")),
+        *(megabytes(f["peak_bytes"][process]) for process in PROCESSES),
         f"{f['telemetry_bytes'] / 1e9:.2f} GB",
         f"{f['files']:,}",
         megabytes(f["windows_bytes"]),
@@ -128,7 +137,7 @@ def _measure(options: dict[str, Any], days: int) -> dict[str, Any]:
             "stages": read["stage_seconds"],
             "peak_bytes": {
                 "driver": driver.bytes(),
-                "ingest": read["peak_bytes"],
+                **read["stage_peak_bytes"],
                 "shard": cut["peak_bytes"],
             },
             "telemetry_bytes": _size(place / "telemetry") + _size(place / "ingested"),
@@ -163,11 +172,7 @@ def picture(found: list[dict[str, Any]]) -> bytes:
     for stage in STAGES:
         per_row = [1e9 * f["seconds"][stage] / f["rows"] for f in found]
         time_axes.plot(rows, per_row, marker="o", label=stage)
-    for process, label in (
-        ("driver", "driver"),
-        ("ingest", "largest ingest task"),
-        ("shard", "largest shard task"),
-    ):
+    for process, label in PROCESSES.items():
         memory_axes.plot(rows, [f["peak_bytes"][process] / 1e9 for f in found], marker="o", label=label)
     for axes in (time_axes, memory_axes):
         axes.set_xscale("log")

@@ -41,6 +41,8 @@ MANIFEST = "manifest.json"
 ACCEPTED = "ingested/manifest.json"
 #: A raw file is told from others by its size and these many bytes of its head and of its tail.
 _KEY_BYTES = 1 << 20
+#: A table that is smaller is read from an object store by one request [bytes].
+_AT_ONCE = 2 << 20
 #: A disk on which less is free is full [bytes].
 _NO_ROOM = 1 << 16
 
@@ -239,11 +241,13 @@ class Store:
 
     def read_table(self, relative: str, columns: Sequence[str] | None = None) -> pa.Table:
         """One Parquet file."""
-        if self.local:
-            path = self.path(relative)
-            return pq.read_table(path, columns=columns, filesystem=self.arrow_fs, partitioning=None)
-        # Asked for whole: an object store takes longer for a request than for a few columns more.
-        return pq.read_table(pa.BufferReader(self.read_bytes(relative)), columns=columns)
+        path = self.path(relative)
+        if not self.local:
+            # An object store takes longer for one more request than for a few columns that are not wanted.
+            start = self.fs.cat_file(path, start=0, end=_AT_ONCE)
+            if len(start) < _AT_ONCE:
+                return pq.read_table(pa.BufferReader(start), columns=columns)
+        return pq.read_table(path, columns=columns, filesystem=self.arrow_fs, partitioning=None)
 
     def write_table(self, relative: str, table: pa.Table) -> None:
         """One Parquet file, whole or not at all."""

@@ -378,7 +378,7 @@ def test_what_is_wrong_is_named_and_the_command_fails(
     log = logging.getLogger("fleetcast")
     monkeypatch.setattr(log, "handlers", log.handlers)
     monkeypatch.setattr(log, "propagate", log.propagate)
-    monkeypatch.setattr(runtime, "ray_session", lambda num_cpus, everything: contextlib.nullcontext())
+    monkeypatch.setattr(runtime, "ray_session", lambda *_: contextlib.nullcontext())
     source = ["--tabular.table", made.table, "--tabular.entity", "host", "--tabular.time", "when"]
     monkeypatch.setattr(sys, "argv", [str(JOB), "--store", str(tmp_path / "store"), *source, *wrong])
     with pytest.raises(SystemExit) as end:

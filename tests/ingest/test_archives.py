@@ -97,7 +97,7 @@ def ingested_apart(folder: Path, name: str, content: bytes, **options) -> tuple[
 
 
 def counts(figures: dict) -> dict:
-    return {k: v for k, v in figures.items() if k not in ("peak_bytes", "stage_seconds")}
+    return {k: v for k, v in figures.items() if k not in ("peak_bytes", "stage_seconds", "stage_peak_bytes")}
 
 
 @pytest.mark.parametrize("packed", PACKED)
@@ -187,6 +187,9 @@ def test_a_job_that_died_goes_on_from_what_is_complete(tmp_path, tasks, table, a
     assert table(made, "telemetry").equals(table(whole, "telemetry"))
 
 
+CUTS = (1, 4, 8, 9, 100, 1000, 5000, 155_001, 605_004, 1_205_008, 2_255_015)
+
+
 def flipped(content: bytes, at: int) -> bytes:
     return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
@@ -194,7 +197,7 @@ def flipped(content: bytes, at: int) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        *[gz(ROWS)[:-missing] for missing in (1, 4, 8, 9, 100, MB)],
+        *[gz(ROWS)[:-missing] for missing in CUTS],
         members(2_000_003)(ROWS)[:-MB],
         gz(ROWS) + gz(FILE)[:-8],
         flipped(gz(ROWS), -6),
@@ -207,7 +210,7 @@ def flipped(content: bytes, at: int) -> bytes:
         np.random.default_rng(0).bytes(2 * MB),
     ],
     ids=[
-        *[f"{missing} bytes missing" for missing in (1, 4, 8, 9, 100, MB)],
+        *[f"{missing} bytes missing" for missing in CUTS],
         "later members cut",
         "last footer missing",
         "checksum",
@@ -262,8 +265,10 @@ def test_a_file_that_is_replaced_or_vanishes_between_index_and_reading_is_named(
         list(archives.blocks(store(tmp_path), second))
 
 
-def test_a_chunk_reads_little_more_of_the_archive_than_its_range(tmp_path, split, monkeypatch):
+@pytest.mark.parametrize("group", [1, 2, 3, 32])
+def test_a_chunk_reads_little_more_of_the_archive_than_its_range(tmp_path, split, monkeypatch, group):
     """Else many tasks would be no faster than one."""
+    monkeypatch.setattr(archives, "_GROUP", group)
     found = split(".csv.gz", gz(ROWS), MB)
     points = archives._points(store(tmp_path), found[0].file, 0, len(ROWS))
     apart = max(b.decompressed - a.decompressed for a, b in pairwise(points))

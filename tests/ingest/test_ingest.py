@@ -245,7 +245,7 @@ def counts(figures: dict) -> dict:
     return {
         name: value
         for name, value in figures.items()
-        if name not in ("peak_bytes", "stage_seconds", "skipped")
+        if name not in ("peak_bytes", "stage_seconds", "stage_peak_bytes", "skipped")
     }
 
 

@@ -175,7 +175,7 @@ def test_an_object_that_vanishes_is_named_by_whatever_reads_it(bucket):
     for read in (store.read_bytes, store.read_table):
         with pytest.raises(FileNotFoundError, match=r"t.parquet") as failure:
             read("t.parquet")
-        assert f"{bucket.removeprefix('s3://')}/t.parquet: no such file" in str(in_one_line(failure.value))
+        assert f"{bucket.removeprefix('s3://')}/t.parquet: no such" in str(in_one_line(failure.value))
 
 
 def test_an_object_that_is_replaced_while_it_is_read_is_never_half_of_each(bucket):
@@ -216,7 +216,7 @@ def test_a_raw_file_is_told_by_two_megabytes_of_it(faulty, bucket):
 
 def test_of_a_parquet_file_only_the_wanted_columns_are_read(faulty, bucket):
     store = Store(bucket)
-    noise = [os.urandom(64) for _ in range(30_000)]
+    noise = [os.urandom(250) for _ in range(30_000)]
     store.write_table("t.parquet", pa.table({"x": range(30_000), "a": noise, "b": noise[::-1]}))
     size = store.fs.size(store.path("t.parquet"))
     before = faulty.read()

@@ -21,7 +21,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -44,12 +44,12 @@ _POINT = pa.schema(
 )
 #: Seek points that are read at once; a chunk needs two or three groups of them.
 _GROUP = 32
-#: Ends every archive while its index is built: rapidgzip takes some truncated ones for complete, but then
-#: what follows cannot be read as a gzip member any more.
+#: Ends every archive while its index is built: rapidgzip takes every other truncated one for complete, but
+#: then what follows is not read as a gzip member any more.
 _MARK = b"fleetcast: the archive is complete"
 _MEMBER = gzip.compress(_MARK, mtime=0)
 #: Several threads decompress without knowing what comes before, at three times the cost of one that does, so
-#: fewer than these are slower; more than these are faster than a store is read, at some 115 MB each.
+#: fewer than these are slower; more are faster than a store can be read, and hold 40 MB × compression each.
 _LEAST_THREADS, _MOST_THREADS = 4, 16
 #: What is fetched from an object store at once, and kept.
 _FETCH = {"cache_type": "background", "block_size": 8 << 20, "cache_options": {"maxblocks": 8}}
@@ -169,7 +169,7 @@ def _write_points(exported: IO[bytes], target: IO[bytes], end: Point) -> None:
     before = (point for point in _read_points(exported) if point.decompressed < end.decompressed)
     with pq.ParquetWriter(target, _POINT, compression="none") as writer:
         points = chain(before, [end])
-        while group := [point for point, _ in zip(points, range(_GROUP), strict=False)]:
+        while group := list(islice(points, _GROUP)):
             writer.write_table(pa.Table.from_pylist([point._asdict() for point in group], _POINT))
 
 

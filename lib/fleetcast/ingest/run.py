@@ -123,21 +123,30 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     store.remove(f"telemetry/{MANIFEST}")
     days = _days(state)
     try:
-        outputs = _build_telemetry(store, options, state, days)
+        telemetry = _build_telemetry(store, options, state, days)
         _build_entities(store, options, described)
         combined = time.monotonic()
-        outputs |= _build_dependencies(store, options, state, days, outputs)
+        dependencies = _build_dependencies(store, options, state, days, telemetry)
     except InputError as error:
         if not _forget_lost(store, state):
             raise
         log.warning("ingest: %s; their raw files are read again", error)
         return ingest(store, source, options)
     finished = time.monotonic()
+    outputs = telemetry | dependencies
     _drop_unplanned(store, set(outputs))
     kinds = {kind: [r for path, r in outputs.items() if f"/{kind}-" in path] for kind in TELEMETRY}
     figures["bins"] = {kind: sum(r["rows"] for r in made) for kind, made in kinds.items() if made}
     figures["dependencies"] = _sum_counters(r["edges"] for r in outputs.values() if "edges" in r)
-    figures["peak_bytes"] = max(r.get("peak_bytes", 0) for r in [*receipts, *outputs.values()])
+    peaks = {
+        stage: max((r.get("peak_bytes", 0) for r in made), default=0)
+        for stage, made in (
+            ("chunks", receipts),
+            ("telemetry", telemetry.values()),
+            ("dependencies", dependencies.values()),
+        )
+    }
+    figures["peak_bytes"] = max(peaks.values())
     if not any(kinds.values()):
         raise InputError(
             "the source has no usable row of machine_usage or container_usage; nothing to forecast"
@@ -164,7 +173,7 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
         "telemetry": round(combined - mapped, 2),
         "dependencies": round(finished - combined, 2),
     }
-    return {**figures, "stage_seconds": seconds, "skipped": False}
+    return {**figures, "stage_seconds": seconds, "stage_peak_bytes": peaks, "skipped": False}
 
 
 # -- what is accepted ------------------------------------------------------------------------------------
