@@ -120,6 +120,16 @@ def test_each_group_gets_its_entities_in_their_order_and_strangers_are_left_out(
     assert dense(store, [file], places, grid(), shard(group=1), 2)[0, :, 0].tolist() == [1, 3]
 
 
+def test_a_service_on_the_border_is_the_mean_of_its_containers_in_every_group_that_sees_it(store):
+    one = write_telemetry(store, "1.parquet", [(0, "a", 0.5, 1), (0, "c", 0.25, 1), (0, "d", 0.75, 1)])
+    two = write_telemetry(store, "2.parquet", [(0, "b", 1, 1)])
+    places = units((0, 0, 1, 1), (0, 0, 2, 1), a=(0, 0), b=(0, 0), c=(1, 0), d=(2, 0))
+    for group, expected in ((1, [0.25, 0.75]), (2, [0.75, 0.75])):
+        found = dense(store, [one, two], places, grid(), shard(group=group), 2)
+        assert found[0, :, 0].tolist() == expected
+    assert dense(store, [one, two], places, grid(), shard(group=0), 1)[0, :, 0].tolist() == [0.75]
+
+
 def test_rows_outside_the_grid_and_the_shard_are_left_out(store):
     file = write_telemetry(store, "t.parquet", [(m, "a", m / 60, m / 60) for m in range(-30, 90, 15)])
     found = dense(store, [file], units(a=(0, 0)), grid(), shard(first=1, last=4), 1)
