@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import posixpath
 import shutil
 import tempfile
 import uuid
@@ -185,10 +186,15 @@ class Store:
         return sorted(n for n in names if n.endswith(suffix) and not Path(n).name.startswith(".tmp-"))
 
     def has(self, files: Iterable[str]) -> bool:
-        """Whether all of these files are there; their folders are listed, the files are not asked for."""
-        files = set(files)
-        folders = {name.rsplit("/", 1)[0] for name in files}
-        return files.issubset(name for folder in folders for name in self.list(folder))
+        """Whether all of these files are there. What they have in common of their folders is listed, one
+        listing for each noun; the files are not asked for."""
+        folders: dict[str, list[str]] = {}
+        for name in files:
+            folders.setdefault(name.split("/", 1)[0], []).append(name)
+        return all(
+            set(names).issubset(self.list(posixpath.commonpath([posixpath.dirname(n) for n in names])))
+            for names in folders.values()
+        )
 
     def remove(self, relative: str) -> None:
         """Deletes a file or a whole folder; nothing if there is none."""

@@ -51,7 +51,7 @@ def table(tmp_path):
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch):
     monkeypatch.setattr(
-        make, "spread", lambda items, work, what: [work(json.loads(json.dumps(i))) for i in items]
+        make, "spread", lambda items, work, what, **_: [work(json.loads(json.dumps(i))) for i in items]
     )
 
 
