@@ -86,7 +86,7 @@ def _peaks(options: dict[str, Any], days: int) -> dict[str, float]:
 def _jobs(config: Config, raw: str, store: Store, aside: Store) -> dict[str, float]:
     """The peaks of the driver and of each kind of task."""
     nothing = spread([0], lambda _: {}, "nothing")
-    how = IngestOptions(chunk_mb=config.chunk_mb)
+    how = IngestOptions(chunk_mb=config.chunk_mb, buckets=1)
     mapped = _map(aside, raw, how)
 
     driver = PeakMemory()
