@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
 from object_store import BUCKET, ObjectStore, serve
+from real_prometheus import DAY, Cluster, backfill, running
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700
@@ -221,6 +223,21 @@ def on_s3(use_s3: Callable[..., S3Options]) -> Callable[[Store], Store]:
         return there
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def scraped_cluster() -> Cluster:
+    """Two days, of the last four, of a small Kubernetes cluster of a known load."""
+    return Cluster(start=(int(time.time()) // DAY - 3) * DAY)
+
+
+@pytest.fixture(scope="session")
+def prometheus_server(scraped_cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a real Prometheus that has scraped it."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    backfill(folder, scraped_cluster.openmetrics())
+    with running(folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -216,14 +216,16 @@ def spread(
     what: str,
     measure: str = "rows",
     memory: int = 0,
+    most: int | None = None,
 ) -> list[dict[str, Any]]:
     """Runs `work` on every item as Ray Data tasks and returns their receipts, in the order of the items.
 
     Items and receipts are small and JSON-like; the data itself goes through the store. A task is given
     `memory` bytes of its node, or all that the largest node lends, so no node runs more of them than it has
-    memory for. Receipts gain `seconds` and `peak_bytes`, the high-water mark of the task's process. Progress
-    is logged with the sum of `measure`. All items are tried; then InputError is raised with what went wrong,
-    if anything did: input that cannot be used, files and objects that cannot be read or written.
+    memory for; no more than `most` run at once. Receipts gain `seconds` and `peak_bytes`, the high-water mark
+    of the task's process. Progress is logged with the sum of `measure`. All items are tried; then InputError
+    is raised with what went wrong, if anything did: input that cannot be used, files and objects that cannot
+    be read or written.
     """
     import ray.data
 
@@ -250,8 +252,9 @@ def spread(
     receipts: dict[int, dict[str, Any]] = {}
     started = last = time.monotonic()
     tasks = max(_LEAST_TASKS, round(_TASKS_PER_CPU * ray.cluster_resources().get("CPU", 1)))
+    limit = None if most is None else ray.data.TaskPoolStrategy(size=most)
     results = ray.data.from_items(rows, override_num_blocks=min(len(rows), tasks)).map_batches(
-        task, batch_size=1, zero_copy_batch=True, memory=lent(memory, what)
+        task, batch_size=1, zero_copy_batch=True, memory=lent(memory, what), compute=limit
     )
     done = 0
     for row in results.iter_rows():

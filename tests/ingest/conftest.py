@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from fleetcast.ingest import archives, make, run
+from fleetcast.ingest import archives, make, pull, run
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.run import ingest
 from fleetcast.store import Store
@@ -36,6 +36,7 @@ class Tasks:
         what: str,
         measure: str = "rows",
         memory: int = 0,
+        most: int | None = None,
     ) -> list[Figures]:
         receipts = []
         for item in items:
@@ -52,6 +53,7 @@ def tasks(monkeypatch) -> Tasks:
     tasks = Tasks()
     monkeypatch.setattr(run, "spread", tasks)
     monkeypatch.setattr(make, "spread", tasks)
+    monkeypatch.setattr(pull, "spread", tasks)
     monkeypatch.setattr(archives, "spread", tasks)
     monkeypatch.setattr(archives, "worker_logs", nullcontext)
     monkeypatch.setattr(archives, "log_to", lambda *_: SimpleNamespace(stop=lambda: None))

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fleetcast.config import Options, Seconds
 from fleetcast.traces import TRACES
+from fleetcast.traces.prometheus import PrometheusOptions
 
 _DAY = 86_400
 
@@ -16,7 +17,7 @@ class IngestOptions(Options):
     """From raw rows to telemetry, entities and dependencies."""
 
     trace: str = "alibaba-2018"
-    """The format of the raw tables: alibaba-2018."""
+    """The format of the raw tables: alibaba-2018; or prometheus, of a server that is asked for them."""
     start: datetime = datetime(2018, 1, 1, tzinfo=UTC)
     """UTC time of the trace's second 0, at midnight. The publisher does not say it; a Monday is assumed."""
     step: Seconds = 300
@@ -33,6 +34,8 @@ class IngestOptions(Options):
     buckets: int | None = Field(None, ge=1, le=100)
     """Parts of each day by entity; more parts need less memory each. If not given, those that the store has;
     a new store gets one for each 5 GB of the raw rows that it is made of."""
+    prometheus: PrometheusOptions = PrometheusOptions()
+    """What a Prometheus server is asked, if the source is one."""
 
     @field_validator("trace")
     @classmethod
@@ -60,4 +63,7 @@ class IngestOptions(Options):
     def _slice_of_steps(self) -> IngestOptions:
         if self.slice % self.step:
             raise ValueError(f"slice ({self.slice} s) must be a multiple of step ({self.step} s)")
+        finer = self.prometheus.resolution
+        if finer and self.step % finer:
+            raise ValueError(f"prometheus.resolution ({finer} s) must divide step ({self.step} s)")
         return self

@@ -25,6 +25,7 @@ from fleetcast.ingest.dependencies import combine_dependencies, place_containers
 from fleetcast.ingest.files import BLOCK_BYTES, Chunk, RawFile, chunks, discover
 from fleetcast.ingest.make import make
 from fleetcast.ingest.options import IngestOptions
+from fleetcast.ingest.pull import is_server, pull
 from fleetcast.runtime import spread
 from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces import TRACES
@@ -79,13 +80,16 @@ class Accepted(Options):
 
 
 def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
-    """Adds the raw files of a source to the store's telemetry, entities and dependencies.
+    """Adds the raw files of a source to the store's telemetry, entities and dependencies; a server is asked
+    for them first.
 
     Returns the figures of everything accepted so far. Raises InputError, with nothing published, if a file
     cannot be read or too many rows of a table cannot be used.
     """
     store.open_or_create()
     accepted, options = _accepted(store, options)
+    if is_server(source):
+        source = pull(store, source, options)
     found = discover(source, TRACES[options.trace].tables, accepted.files)
     if options.buckets is None:
         options = options.model_copy(update={"buckets": _buckets(found)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fleetcast.traces import alibaba_2018
+from fleetcast.traces import alibaba_2018, prometheus
 from fleetcast.traces.raw import Table
 
 
@@ -20,4 +20,5 @@ class Trace:
 
 TRACES: dict[str, Trace] = {
     "alibaba-2018": Trace(alibaba_2018.TABLES, alibaba_2018.METRICS),
+    prometheus.TRACE: Trace(prometheus.TABLES, prometheus.METRICS),
 }
