@@ -21,8 +21,11 @@ from fleetcast.ingest import prometheus
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.prometheus import Server
 from fleetcast.ingest.run import ingest
+from fleetcast.ingest.shards import shard
 from fleetcast.store import Store
 from fleetcast.traces.prometheus import TABLES, PrometheusOptions
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.manifest import ShardOptions
 from pydantic import ValidationError
 from real_prometheus import (
     CALLS,
@@ -155,6 +158,22 @@ def test_calls_are_between_the_services_that_have_pods(night, cluster):
         assert found["weight"].to_numpy() == pytest.approx(expected, rel=0.02)  # rates of a slice's two ends
 
 
+def test_windows_of_services_have_the_load_of_their_pods_and_their_requests(night, cluster):
+    store, _ = night
+    metrics = ("cpu", "request_rate")
+    windows = {"windows": "services", "level": "service", "metrics": metrics, "step": STEP}
+    shard(store, ShardOptions.model_validate({**windows, "history": "1h", "horizon": "1h", "lags": ()}))
+    data = manifests.load(store, "services")
+    assert data.groups == (("data/store", "shop/cart", "shop/front"),)
+    (part,) = data.shards
+    rows = pl.read_parquet(store.read_bytes(part.path))
+    cpu, rate = (rows[metric].to_numpy().reshape(-1, 3)[:, 1] for metric in metrics)
+    assert rate == pytest.approx(cluster.rate(("front", "cart")), rel=1e-4)
+    one, other = (cluster.load(pod, "cpu") for pod, (_, service) in PODS.items() if service == "shop/cart")
+    both = np.where(np.arange(cluster.bins) < cluster.born, one, (one + other) / 2)
+    assert cpu == pytest.approx(both, abs=1e-5)
+
+
 def test_what_was_pulled_is_not_asked_for_again(night, server, cluster):
     store, _ = night
     before = written(store)
@@ -262,9 +281,9 @@ def test_servers_that_cannot_be_asked_are_named(pulled, tasks, tmp_path, answeri
     with pytest.raises(InputError, match=r"http://127.0.0.1:1: .*refused \(tried 2 times\)"):
         pulled("http://127.0.0.1:1", attempts=2)
     with pytest.raises(InputError, match="expected JSON, got '<html>"):
-        pulled(answering(lambda path: (200, "<html></html>")))
+        pulled(answering(lambda path, key: (200, "<html></html>")))
     with pytest.raises(InputError, match="expected a Prometheus server, got another answer"):
-        pulled(answering(lambda path: (200, "{}")))
+        pulled(answering(lambda path, key: (200, "{}")))
     with pytest.raises(InputError, match="is a server, expected --trace prometheus"):
         ingest(Store(str(tmp_path / "other")), "http://127.0.0.1:1", IngestOptions())
     with pytest.raises(InputError, match="has a user in its address") as failure:
@@ -298,15 +317,15 @@ def test_keys_come_from_the_environment_and_are_never_told(pulled, server, tmp_p
 
 @pytest.fixture
 def answering() -> Iterator[Callable[..., str]]:
-    """`answering(answer)` → the address of a server of which every path has the status and the body that
-    `answer` gives."""
+    """`answering(answer)` → the address of a server whose answers have the status and the body that `answer`
+    gives for their path and the key that came with it."""
     servers = []
 
-    def start(answer: Callable[[str], tuple[int, str]]) -> str:
+    def start(answer: Callable[[str, str | None], tuple[int, str]]) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                status, body = answer(self.path)
+                status, body = answer(self.path, self.headers.get("Authorization"))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -328,6 +347,19 @@ def answering() -> Iterator[Callable[..., str]]:
         found.server_close()
 
 
+def test_a_token_is_sent_to_prometheus(answering, monkeypatch):
+    monkeypatch.setenv("FLEETCAST_PROMETHEUS_TOKEN", "a-secret-word")
+    now = '{"data": {"result": [{"metric": {}, "value": [7, "0"]}]}}'
+    url = answering(lambda path, key: (200, now) if key == "Bearer a-secret-word" else (403, "no"))
+    with Server(url, PrometheusOptions()) as found:
+        assert found.now() == 7
+    with (
+        Server(url, PrometheusOptions(), keys=False) as found,
+        pytest.raises(InputError, match="403 Forbidden"),
+    ):
+        found.now()
+
+
 def test_a_server_that_stumbles_is_asked_again(monkeypatch, answering):
     monkeypatch.setattr(prometheus, "_PAUSE", 0.0)
     answers = iter(
@@ -337,18 +369,20 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch, answering):
             (200, '{"data": {"result": [{"metric": {}, "value": [7, "0"]}]}}'),
         ]
     )
-    with Server(answering(lambda path: next(answers)), PrometheusOptions()) as found:
+    with Server(answering(lambda path, key: next(answers)), PrometheusOptions()) as found:
         assert found.now() == 7
-    with Server(answering(lambda path: (502, "no")), PrometheusOptions(attempts=3)) as found:
+    with Server(answering(lambda path, key: (502, "no")), PrometheusOptions(attempts=3)) as found:
         with pytest.raises(InputError, match=r"502 Bad Gateway \(tried 3 times\)"):
             found.now()
 
 
-def test_jaeger_knows_who_calls_whom(pulled, server, cluster, answering):
+def test_jaeger_knows_who_calls_whom(pulled, server, cluster, answering, monkeypatch):
+    monkeypatch.setenv("FLEETCAST_PROMETHEUS_TOKEN", "of Prometheus alone")
     asked = []
 
-    def answer(path: str) -> tuple[int, str]:
+    def answer(path: str, key: str | None) -> tuple[int, str]:
         asked.append(path)
+        assert key is None
         return 200, json.dumps({"data": [{"parent": "front", "child": "cart", "callCount": 7200}]})
 
     store = pulled(server, graph="none", jaeger=answering(answer))
@@ -360,7 +394,7 @@ def test_jaeger_knows_who_calls_whom(pulled, server, cluster, answering):
 @pytest.mark.slow
 def test_a_running_server_is_followed(pulled, tmp_path, answering, table):
     """Scraped five times a second, in bins of a second: what is over is pulled, and then what came since."""
-    exporter = answering(lambda path: (200, "load 0.5\n")).removeprefix("http://")
+    exporter = answering(lambda path, key: (200, "load 0.5\n")).removeprefix("http://")
     job = {
         "job_name": "test",
         "scrape_interval": "200ms",

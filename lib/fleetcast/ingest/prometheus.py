@@ -47,8 +47,9 @@ class TooMuch(Exception):
 class Server:
     """One server, over one connection at a time; a context manager."""
 
-    def __init__(self, url: str, options: PrometheusOptions) -> None:
-        """Raises InputError for an address with keys in it, which would be logged."""
+    def __init__(self, url: str, options: PrometheusOptions, keys: bool = True) -> None:
+        """Only who is to be given `keys` is told them. Raises InputError for an address that has some in it,
+        which would be logged."""
         parsed = httpx.URL(url)
         if parsed.userinfo:
             raise InputError(
@@ -58,12 +59,11 @@ class Server:
         self.url = url.rstrip("/")
         self.attempts = options.attempts
         self.values = options.values
-        token, username = os.environ.get(_TOKEN), os.environ.get(_USERNAME)
+        token, username = (os.environ.get(name) if keys else None for name in (_TOKEN, _USERNAME))
         self.client = httpx.Client(
             timeout=httpx.Timeout(options.timeout, connect=min(options.timeout, 10)),
             headers={"Authorization": f"Bearer {token}"} if token else {},
             auth=(username, os.environ.get(_PASSWORD, "")) if username and not token else None,
-            follow_redirects=True,
         )
 
     def __enter__(self) -> Server:

@@ -234,7 +234,7 @@ class _Pull:
         names = full_names(services)
         rows: list[tuple[int, str, str, float]] = []
         if self.options.prometheus.jaeger:
-            with Server(self.options.prometheus.jaeger, self.options.prometheus) as jaeger:
+            with Server(self.options.prometheus.jaeger, self.options.prometheus, keys=False) as jaeger:
                 for begin in range(first, last, width):
                     edges = jaeger.dependencies(begin, begin + width)
                     rows += [(begin, parent, child, count / width) for parent, child, count in edges]

@@ -213,7 +213,8 @@ class PrometheusOptions(Options):
     """PromQL of calls per second whose series have `source` and `target` (or the labels of a known graph), in
     place of the service graph's."""
     jaeger: str | None = Field(None, pattern=r"^https?://[^@\s]+$")
-    """Address of a Jaeger query server, whose dependencies are taken in place of the service graph's."""
+    """Address of a Jaeger query server, whose dependencies are taken in place of the service graph's. It is
+    asked without keys."""
     timeout: float = Field(60, gt=0)
     """How long the server may take for an answer [s]."""
     attempts: int = Field(4, ge=1)
