@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: help demo serve test test-slow test-all check format bench bench-models bench-serve bench-scale clean
+.PHONY: help demo demo-prometheus serve test test-slow test-all check format bench bench-models bench-serve bench-scale clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime  ## a synthetic cluster, from raw trace to tomorrow's forecast and its report
 	$(BIN)/python jobs/synthesize.py --config examples/demo-trace.yaml --out $(DEMO)/raw
 	$(BIN)/python jobs/nightly.py --config examples/demo-nightly.yaml --source $(DEMO)/raw --store $(DEMO)/store
+
+demo-prometheus: $(VENV)/.runtime  ## the same from a running Prometheus, which is started for it (needs prometheus, promtool)
+	$(BIN)/python examples/demo_prometheus.py $(DEMO)-prometheus
 
 serve: $(VENV)/.runtime  ## the demo's forecast over HTTP, and a page: http://127.0.0.1:8000
 	test -d $(DEMO)/store/forecasts || $(MAKE) demo

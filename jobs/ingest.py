@@ -21,7 +21,7 @@ class Config(IngestOptions, JobConfig):
     __doc__ = __doc__
 
     source: str
-    """Raw files: a folder, a file or `s3://bucket/prefix`."""
+    """Raw files: a folder, a file or `s3://bucket/prefix`; or the address of a Prometheus server."""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From new raw files to a published forecast and its report: the job to run every night.
 
     python jobs/nightly.py --store ./store --source ./raw --trace alibaba-2018
+    python jobs/nightly.py --store ./store --source http://prometheus:9090 --trace prometheus
 
 Runs ingest, shard, train, forecast and the report; each stage is skipped when it is complete. Options of a
 stage are given as --ingest.step, --shard.horizon, --train.epochs, …, or in a YAML file with --config.
@@ -22,7 +23,7 @@ class Config(NightlyOptions, JobConfig):
     __doc__ = __doc__
 
     source: str
-    """Raw files: a folder, a file or `s3://bucket/prefix`."""
+    """Raw files: a folder, a file or `s3://bucket/prefix`; or the address of a Prometheus server."""
     trace: str | None = None
     """The format of the raw tables; short for --ingest.trace."""
 

@@ -35,11 +35,12 @@ from fleetcast import schemas
 from fleetcast.config import S3Options
 from fleetcast.store import MANIFEST, Store
 from fleetcast.store import use_s3 as reach
+from fleetcast.traces.synthesis.prometheus import DAY, Cluster
 from fleetcast.windows import build, manifest
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
 from numpy.typing import NDArray
 from object_store import BUCKET, ObjectStore, serve
-from real_prometheus import DAY, Cluster, backfill, running
+from real_prometheus import backfill, running
 
 #: Slices of an hour do not begin where the steps of a quarter of an hour do.
 START = int(datetime(2018, 1, 1, 0, 15, tzinfo=UTC).timestamp())  # 1514765700

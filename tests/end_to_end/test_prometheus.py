@@ -13,7 +13,8 @@ from fastapi.testclient import TestClient
 from fleetcast.serving.api import application
 from fleetcast.serving.local import Local
 from fleetcast.serving.options import ServeOptions
-from real_prometheus import DAY, MACHINES, Cluster, needs_prometheus
+from fleetcast.traces.synthesis.prometheus import DAY, MACHINES, Cluster
+from real_prometheus import needs_prometheus
 
 pytestmark = [needs_prometheus, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

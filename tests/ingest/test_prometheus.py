@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import runpy
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import polars as pl
 import pytest
+from fleetcast.config import parse
 from fleetcast.errors import InputError
 from fleetcast.ingest import prometheus
 from fleetcast.ingest.options import IngestOptions
@@ -23,25 +25,27 @@ from fleetcast.ingest.prometheus import Server
 from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
 from fleetcast.store import Store
-from fleetcast.traces.prometheus import TABLES, PrometheusOptions
-from fleetcast.windows import manifest as manifests
-from fleetcast.windows.manifest import ShardOptions
-from pydantic import ValidationError
-from real_prometheus import (
+from fleetcast.traces.prometheus import MACHINE, TABLES, PrometheusOptions
+from fleetcast.traces.synthesis.prometheus import (
+    BORN,
+    BROKEN,
     CALLS,
     DAY,
+    GAP,
     MACHINES,
     PODS,
     SERVER_TIME,
-    SLICE,
     STEP,
     Cluster,
-    backfill,
-    needs_prometheus,
-    running,
 )
+from fleetcast.windows import manifest as manifests
+from fleetcast.windows.manifest import ShardOptions
+from pydantic import ValidationError
+from real_prometheus import backfill, needs_prometheus, running
 
 pytestmark = needs_prometheus
+
+SLICE = 3600
 
 #: Instead of the defaults.
 NO_MACHINE = dict.fromkeys(("cpu", "memory", "disk_io", "net_in", "net_out"))
@@ -109,16 +113,16 @@ def test_telemetry_is_the_load_of_every_machine_and_pod(night, table, cluster):
         bins = (found["time"].dt.epoch("s") - cluster.start).to_numpy() // STEP
         expected = np.arange(cluster.bins)
         if name == "node-2":  # no sample, no row
-            expected = np.delete(expected, np.arange(*cluster.gap))
+            expected = np.delete(expected, np.arange(*GAP))
         if name.endswith("bbbbb"):
-            expected = expected[cluster.born :]
+            expected = expected[BORN:]
         assert bins.tolist() == expected.tolist(), name
         for metric in ("cpu", "memory", *(["disk_io", "net_out"] if name in MACHINES else []), "net_in"):
             load = cluster.load(name, metric)[bins]
             values = found[metric].to_numpy().copy()
             if (name, metric) == ("data/store-0", "memory"):
-                assert np.isnan(values[cluster.broken])
-                values[cluster.broken] = load[cluster.broken]
+                assert np.isnan(values[BROKEN])
+                values[BROKEN] = load[BROKEN]
             assert values == pytest.approx(load, abs=1e-5), (name, metric)
             assert found[f"{metric}_max"].null_count() == found[metric].null_count()
     assert figures["values_nulled"] == {"container": {"memory": 1}}
@@ -170,8 +174,15 @@ def test_windows_of_services_have_the_load_of_their_pods_and_their_requests(nigh
     cpu, rate = (rows[metric].to_numpy().reshape(-1, 3)[:, 1] for metric in metrics)
     assert rate == pytest.approx(cluster.rate(("front", "cart")), rel=1e-4)
     one, other = (cluster.load(pod, "cpu") for pod, (_, service) in PODS.items() if service == "shop/cart")
-    both = np.where(np.arange(cluster.bins) < cluster.born, one, (one + other) / 2)
+    both = np.where(np.arange(cluster.bins) < BORN, one, (one + other) / 2)
     assert cpu == pytest.approx(both, abs=1e-5)
+
+
+def test_windows_of_containers_are_of_pods_alone(night):
+    store, _ = night
+    windows = {"windows": "pods", "level": "container", "metrics": ("cpu",), "history": "1h", "horizon": "1h"}
+    shard(store, ShardOptions.model_validate(windows))
+    assert manifests.load(store, "pods").groups == (tuple(sorted(PODS)),)
 
 
 def test_what_was_pulled_is_not_asked_for_again(night, server, cluster):
@@ -270,6 +281,15 @@ def test_what_a_query_does_wrong_is_said_in_one_line(pulled, server, asked, mess
     with pytest.raises(InputError, match=message) as failure:
         pulled(server, **asked)
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("name", ["prometheus", "demo-prometheus"])
+def test_the_examples_are_nights(name):
+    root = Path(__file__).parents[2]
+    job = runpy.run_path(str(root / "jobs" / "nightly.py"))["Config"]
+    given = ["--store", "s", "--source", "http://prometheus:9090", "--trace", "prometheus"]
+    config = parse(job, ["--config", str(root / "examples" / f"{name}.yaml"), *given])
+    assert config.ingest.prometheus.queries("machine", None)["cpu"] == MACHINE["cpu"]
 
 
 def test_an_unknown_metric_is_refused_at_the_door():
@@ -374,6 +394,31 @@ def test_a_server_that_stumbles_is_asked_again(monkeypatch, answering):
     with Server(answering(lambda path, key: (502, "no")), PrometheusOptions(attempts=3)) as found:
         with pytest.raises(InputError, match=r"502 Bad Gateway \(tried 3 times\)"):
             found.now()
+
+
+def test_istio_knows_who_calls_whom_with_their_namespaces(pulled, cluster, tmp_path):
+    """Both ends of a call report it; one of them is counted."""
+    text = ""
+    for name, value in (("istio_requests_total", 3.0), ("istio_request_duration_milliseconds_sum", 60.0),
+                        ("istio_request_duration_milliseconds_count", 3.0)):  # fmt: skip
+        for reporter in ("destination", "source"):
+            labels = (
+                f'reporter="{reporter}",source_workload="front",source_workload_namespace="shop",'
+                'destination_workload="cart",destination_workload_namespace="shop"'
+            )
+            text += "".join(
+                f"{name}{{{labels}}} {value * at} {cluster.start + at}\n" for at in range(30, 6 * SLICE, 60)
+            )
+    backfill(tmp_path, text + "# EOF\n")
+    with running(tmp_path) as url:
+        store = pulled(url, machine=NO_MACHINE, container=NO_POD)
+    calls = raw(store, "calls")
+    assert set(calls.select("source", "target").rows()) == {("shop/front", "shop/cart")}
+    assert calls["weight"].to_list() == pytest.approx([3.0] * 6, rel=1e-3)
+    services = raw(store, "service")
+    assert set(services["entity"]) == {"shop/cart"}
+    assert services["request_rate"].to_list() == pytest.approx([3.0] * 72, rel=1e-3)
+    assert services["latency"].to_list() == pytest.approx([0.02] * 72, rel=1e-3)
 
 
 def test_jaeger_knows_who_calls_whom(pulled, server, cluster, answering, monkeypatch):

@@ -115,6 +115,8 @@ def _units(
     if options.span is not None and kind in telemetry["spans"]:
         measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
     unit = pl.col("service") if options.level == "service" else pl.col("entity")
+    if options.level == "container":  # not what stands for a service as a whole
+        measured = measured.filter(pl.col("entity").ne_missing(pl.col("service")))
     named = measured.select("entity", unit=unit).drop_nulls()
     if named.is_empty():
         raise InputError(f"--level {options.level}: the store has no {kind} with telemetry of that level")

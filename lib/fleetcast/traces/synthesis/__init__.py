@@ -7,6 +7,8 @@ as a table of services with the calls between them.
     services  the table of services and their calls: requests per second, latency, cpu
     here      the files of the trace
 
+    prometheus  beside it: what a Prometheus has scraped of a small cluster
+
 Everything is a pure function of the options and of a counter (entity, day; table, part), so any part of any
 table can be made anywhere, at any time, without the others.
 """
