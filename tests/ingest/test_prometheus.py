@@ -40,6 +40,7 @@ from fleetcast.traces.synthesis.prometheus import (
 )
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.manifest import ShardOptions
+from object_store import BUCKET
 from pydantic import ValidationError
 from real_prometheus import backfill, needs_prometheus, running
 
@@ -214,6 +215,17 @@ def test_what_a_night_that_died_did_not_write_is_pulled_by_the_next(pulled, serv
     pulled(server, stretch=3600)
     assert store.read_bytes(lost) == text
     assert written(store) == files | {lost: written(store)[lost]}
+
+
+@pytest.mark.slow
+def test_a_store_on_s3_has_the_same_raw_files(pulled, server, cluster, use_s3):
+    here, there = pulled(server), Store(f"s3://{BUCKET}/pulled")
+    asked = options(since=at(cluster, 0), until=at(cluster, 6))
+    ingest(there, server, asked)
+    assert {name: there.read_bytes(name) for name in there.list("raw")} == {
+        name: here.read_bytes(name) for name in here.list("raw")
+    }
+    assert ingest(there, server, asked)["skipped"]
 
 
 def test_no_answer_has_more_points_than_prometheus_gives(pulled, server, cluster, table):
