@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from fleetcast.evaluation import dependencies
 from fleetcast.evaluation.dependencies import LISTED, MOST, NONE, caption, picture, section
+from fleetcast.evaluation.document import pages
 from fleetcast.windows.graph import LastGraph
 
 LAST = 1_514_797_200  # 2018-01-01 09:00 UTC
@@ -55,6 +56,16 @@ def test_without_edges_the_section_says_so():
     found = section(None)
     assert found.words == (NONE,)
     assert not found.tables and not found.pictures
+
+
+def test_sections_of_several_data_sets_do_not_share_a_picture():
+    found = [section(graph(TREE), of) for of in ("", "coupled", "uncoupled")]
+    assert [one.title for one in found] == [
+        "Who depends on whom",
+        "coupled: who depends on whom",
+        "uncoupled: who depends on whom",
+    ]
+    assert len(pages("Backtest", [], found).plots) == 3
 
 
 def test_callers_stand_left_of_those_that_they_call():

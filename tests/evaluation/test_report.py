@@ -209,7 +209,7 @@ def test_empty_tables_are_sentences():
         "No peaks were forecast.",
         "No forecast was scored.",
         "No stage was recorded.",
-        "The windows have no dependencies",
+        "There are no dependencies at the end of the telemetry",
         "There are no test errors to compare stgnn with a naive forecast.",
     ):
         assert sentence in text

@@ -20,7 +20,7 @@ from fleetcast.schemas import describe
 from fleetcast.windows.graph import LastGraph
 
 TITLE = "Who depends on whom"
-NONE = "The windows have no dependencies: every entity is forecast from its own past."
+NONE = "There are no dependencies at the end of the telemetry: no entity is forecast from another."
 #: Entities that a plot can name, edges that it can tell apart for each of them, edges that the table lists.
 MOST = 60
 _EDGES_EACH = 2
@@ -33,12 +33,14 @@ _SWEEPS = 8
 Place = tuple[float, float]
 
 
-def section(graph: LastGraph | None, level: int = 2, pictures: bool = True) -> Section:
-    """The section of a report; it says so where there are no edges."""
+def section(graph: LastGraph | None, of: str = "", pictures: bool = True) -> Section:
+    """The section of a report, or below that `of` one of several data sets; it says so where there are no
+    edges."""
+    title, level = (f"{of}: {TITLE.lower()}", 3) if of else (TITLE, 2)
     if graph is None:
-        return Section(TITLE, (NONE,), level=level)
-    shown = (picture(graph),) if pictures else ()
-    return Section(TITLE, (caption(graph),), (strongest(graph),), shown, level)
+        return Section(title, (NONE,), level=level)
+    shown = (picture(graph, title),) if pictures else ()
+    return Section(title, (caption(graph),), (strongest(graph),), shown, level)
 
 
 def caption(graph: LastGraph) -> str:
@@ -71,7 +73,7 @@ def strongest(graph: LastGraph) -> Table:
     return Table(("From", "To", "Weight"), rows, title, words=frozenset({"To"}))
 
 
-def picture(graph: LastGraph) -> Picture:
+def picture(graph: LastGraph, title: str = TITLE) -> Picture:
     """The strongest edges between the entities with the most flow."""
     edges, names = _drawn(graph), _nodes(graph)
     whole = nx.DiGraph()
@@ -115,8 +117,8 @@ def picture(graph: LastGraph) -> Picture:
         )
     axes.set_axis_off()
     axes.margins(x=0.07, y=0.06)
-    alt = f"{TITLE}: {len(edges)} dependencies between {len(names)} entities as arrows"
-    return Picture("Dependencies", plots.png(figure), alt, wide=True)
+    alt = f"{title}: {len(edges)} dependencies between {len(names)} entities as arrows"
+    return Picture(title, plots.png(figure, dpi=140), alt, wide=True)
 
 
 def _drawn(graph: LastGraph) -> pl.DataFrame:

@@ -230,7 +230,7 @@ def _data_set(standing: Standing, pictures: bool) -> list[Section]:
         _peaks(standing),
         _provisioning(standing, pictures),
         _cost(standing, pictures),
-        dependencies.section(data.graph, level=3, pictures=pictures),
+        dependencies.section(data.graph, data.name, pictures),
     ]
 
 

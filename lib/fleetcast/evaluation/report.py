@@ -81,7 +81,7 @@ class NightlyReport:
     total_note: str = "Sum over all entities."
     """One sentence on how the total and its interval are made."""
     graph: LastGraph | None = None
-    """Who depends on whom; None where the windows have no edges."""
+    """Who depends on whom; None where there are no edges."""
 
 
 _FAN = ("metric", "time", "mean", "q05", "q25", "q75", "q95")
