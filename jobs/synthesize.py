@@ -1,6 +1,8 @@
-"""A synthetic cluster → a raw trace in the format of cluster-trace-v2018, all six tables.
+"""A synthetic cluster → a raw trace in the format of cluster-trace-v2018, all six tables; or with `--trace`
+of cluster-trace-microservices-v2021 or v2022, all four.
 
     python jobs/synthesize.py --out ./raw --machines 100 --days 8 --coupling 0.8 --format csv.gz
+    python jobs/synthesize.py --out ./raw --trace microservices-v2021 --days 1 --requests 500 --churn 0.1
 
 Load comes from services with daily and weekly cycles, bursts and noise, and travels along their dependencies
 with a delay; with --coupling 0 machines are independent of each other. The same options give the same bytes.

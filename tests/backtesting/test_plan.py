@@ -204,6 +204,7 @@ def test_raw_files_have_the_windows_of_the_shard_job():
         ("los-loop-tgcn", ["--tabular.table", "t.csv"]),
         ("online-boutique", ["--tabular.table", "t.csv"]),
         ("production-services", ["--tabular.table", "t.csv"]),
+        ("services-lift", []),
     ],
 )
 def test_the_examples_are_backtests(name, given):

@@ -21,6 +21,7 @@ from fleetcast.evaluation.report import (
     verdict,
 )
 from fleetcast.schemas import QUANTILES
+from fleetcast.windows.graph import LastGraph
 
 ISSUED = datetime(2018, 1, 9, 0, 0, tzinfo=UTC)
 Z = np.array([-1.645, -1.282, -0.674, 0, 0.674, 1.282, 1.645, 2.326])
@@ -111,6 +112,16 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
         peaks=forecast.sort("mean").group_by("entity", "metric").last(),
         entity_history=history,
         entity_forecast=forecast,
+        graph=LastGraph(
+            time=1_515_448_800,
+            slice=3600,
+            kinds=("batch",),
+            entities=2,
+            total=1,
+            edges=pl.DataFrame({"source": [names[0]], "target": [names[1]], "weight": [1.0]}),
+            metric="cpu",
+            load={names[0]: 0.4, names[1]: 0.5},
+        ),
     )
 
 
@@ -151,8 +162,8 @@ def test_the_page_needs_nothing_but_itself(full):
     assert not {"script", "link", "iframe"} & set(page.tags)
     assert "http://" not in full and "https://" not in full and "url(" not in full
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
-    # 2 totals, 6 entities, 2 errors by lead time, 1 calibration.
-    assert len(page.images) == 11
+    # 2 totals, 6 entities, 2 errors by lead time, 1 calibration, 1 graph.
+    assert len(page.images) == 12
     assert len(full) < 3_000_000
 
 
@@ -169,6 +180,8 @@ def test_the_page_shows_what_was_given(full):
         "machine_usage cpu <101> is out of range 1,203",
         "too little history 2",
         "CPU time, fraction of capacity",
+        "Who depends on whom Dependencies (batch) of the 1 h from 2018-01-08 22:00 UTC",
+        "From To Weight m_1930 m_1931 1.00",
         "All times are UTC",
     ):
         assert words in text, words
@@ -188,7 +201,7 @@ def test_the_highest_expected_peak_comes_first():
 def test_empty_tables_are_sentences():
     given = report()
     empty = {name: getattr(given, name).clear() for name in COLUMNS}
-    text = Page(render(dataclasses.replace(given, **empty, ladder=[]))).text
+    text = Page(render(dataclasses.replace(given, **empty, ladder=[], graph=None))).text
     for sentence in (
         "No rows were rejected.",
         "Every entity was forecast by stgnn.",
@@ -196,6 +209,7 @@ def test_empty_tables_are_sentences():
         "No peaks were forecast.",
         "No forecast was scored.",
         "No stage was recorded.",
+        "There are no dependencies at the end of the telemetry",
         "There are no test errors to compare stgnn with a naive forecast.",
     ):
         assert sentence in text

@@ -2,6 +2,7 @@
 
 import io
 import runpy
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import pytest
 from fleetcast.config import parse
 from fleetcast.errors import InputError
 from fleetcast.runtime import ray_session
-from fleetcast.traces.alibaba_2018 import TABLES
 from fleetcast.traces.synthesis import SynthesizeOptions, parts, write_part
 
 JOB = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "synthesize.py"))
 SMALL = ["--machines", "6", "--days", "1", "--rows-per-part", "25000", "--format", "csv.gz", "--seed", "3"]
+MICROSERVICES = [*SMALL, "--trace", "microservices-v2021", "--file-span", "12h", "--requests", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +27,29 @@ def files(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_the_files_are_those_of_the_options_and_replace_an_earlier_run(ray_here, tmp_path):
+@pytest.mark.parametrize("arguments", [SMALL, MICROSERVICES], ids=["2018", "2021"])
+def test_the_files_are_those_of_the_options_and_replace_an_earlier_run(ray_here, tmp_path, arguments):
     """Byte for byte what one process writes; parts of a longer earlier trace go, other files stay."""
+    (tmp_path / "MSCallGraph_99.csv.gz").write_bytes(b"of an earlier run")
+    (tmp_path / "NodeMetrics_0.tar.gz").write_bytes(b"of an earlier run")
     (tmp_path / "machine_usage-00099.csv.gz").write_bytes(b"of an earlier run")
     (tmp_path / "machine_usage-00000.tar.gz").write_bytes(b"of an earlier run")
     (tmp_path / "machine_usage-00000.csv.gz").write_bytes(b"of an earlier run")
     (tmp_path / "notes.txt").write_bytes(b"kept")
 
-    figures = JOB["main"](parse(JOB["Config"], ["--out", str(tmp_path), *SMALL]))
+    config = parse(JOB["Config"], ["--out", str(tmp_path), *arguments])
+    figures = JOB["main"](config)
 
-    options = SynthesizeOptions(machines=6, days=1, rows_per_part=25_000, format="csv.gz", seed=3)
-    expected, rows = {"notes.txt": b"kept"}, dict.fromkeys(TABLES, 0)
+    options = config.only(SynthesizeOptions)
+    expected: dict[str, bytes] = {"notes.txt": b"kept"}
+    rows: Counter[str] = Counter()
     for part in parts(options):
         file = io.BytesIO()
         rows[part.table] += write_part(options, part, file)
         expected[f"{part.name}.csv.gz"] = file.getvalue()
     assert files(tmp_path) == expected
     assert figures["rows"] == rows
-    assert figures["files"] == len(expected) - 1 > len(TABLES)
+    assert figures["files"] == len(expected) - 1 > len(rows)
     assert figures["bytes"] == sum(map(len, expected.values())) - len(b"kept")
     assert figures["rows_per_second"] > 0
     assert figures["peak_bytes"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fleetcast.backtesting.options import BacktestOptions
 from fleetcast.backtesting.plan import NAIVE, PAPERS, Trial, rungs
 from fleetcast.backtesting.trial import MEASURED
 from fleetcast.errors import InputError
-from fleetcast.evaluation import backtest
+from fleetcast.evaluation import backtest, dependencies
 from fleetcast.evaluation.backtest import Measured
 from fleetcast.evaluation.ladder import TRUE, Cost, DataSet, Family, GraphLift, Rung, Standing
 from fleetcast.evaluation.ladder_report import LadderReport, PaperRun, Stopped
@@ -22,6 +23,7 @@ from fleetcast.evaluation.naive import duration
 from fleetcast.models import MODELS
 from fleetcast.schemas import QUANTILES
 from fleetcast.store import MANIFEST, Store
+from fleetcast.windows.graph import last_graph
 
 
 def measured(store: Store, folder: str, horizon: int) -> dict[str, Measured]:
@@ -43,7 +45,8 @@ def collect(
     for one in data:
         found = _rungs(store, one, [trial for trial in complete if trial.data == one.name])
         main = [rung for rung, graph in found if graph is None]
-        sets.append(_data_set(one, main))
+        graph = last_graph(one.store, one.manifest, dependencies.MOST)
+        sets.append(replace(_data_set(one, main), graph=graph))
         lifts += _lifts(Standing.of(_data_set(one, [rung for rung, _ in found])), found)
     papers = [PaperRun(PAPERS[options.paper], one.name) for one in sets] if options.paper else []
     return LadderReport(

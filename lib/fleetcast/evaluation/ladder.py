@@ -17,6 +17,7 @@ from fleetcast.evaluation.compare import Gap, Ranked, Resampled, block_length, r
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import skill_rung
 from fleetcast.evaluation.peaks import Peaks, by_time_of_day
+from fleetcast.windows.graph import LastGraph
 
 Family = Literal["naive", "statistical", "sequence", "graph"]
 
@@ -102,6 +103,8 @@ class DataSet:
     windows: int
     """Of the test part."""
     rungs: Sequence[Rung]
+    graph: LastGraph | None = None
+    """Who depends on whom at its end; None where there are no edges."""
 
 
 @dataclass(frozen=True)

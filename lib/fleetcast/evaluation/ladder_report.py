@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fleetcast.evaluation import document
+from fleetcast.evaluation import dependencies, document
 from fleetcast.evaluation import ladder_plots as draw
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation import peaks as p
@@ -230,6 +230,7 @@ def _data_set(standing: Standing, pictures: bool) -> list[Section]:
         _peaks(standing),
         _provisioning(standing, pictures),
         _cost(standing, pictures),
+        dependencies.section(data.graph, data.name, pictures),
     ]
 
 

@@ -68,6 +68,8 @@ class Picture:
     title: str
     png: bytes
     alt: str
+    wide: bool = False
+    """Whether it has the whole width of a page."""
 
     @property
     def image(self) -> str:

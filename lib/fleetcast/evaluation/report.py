@@ -16,11 +16,13 @@ import polars as pl
 
 from fleetcast import plots
 from fleetcast.errors import InputError
+from fleetcast.evaluation import dependencies
 from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration, skill_rung
 from fleetcast.evaluation.page import Picture, lead_time, number, percent, template
 from fleetcast.schemas import describe, describe_total
+from fleetcast.windows.graph import LastGraph
 
 #: A smaller relative difference between two errors is called a tie: an independent rerun of a published model
 #: differs from its paper by about as much.
@@ -78,6 +80,8 @@ class NightlyReport:
     """As `total_forecast`, of the same entities."""
     total_note: str = "Sum over all entities."
     """One sentence on how the total and its interval are made."""
+    graph: LastGraph | None = None
+    """Who depends on whom; None where there are no edges."""
 
 
 _FAN = ("metric", "time", "mean", "q05", "q25", "q75", "q95")
@@ -115,6 +119,7 @@ def render(report: NightlyReport) -> str:
         entities=_entity_plots(report),
         by_horizon=[_horizon_plot(report, f) for f in range(len(report.metrics))] if report.ladder else [],
         calibration=_calibration(report, scores) if scores and scores.levels else None,
+        dependencies=dependencies.section(report.graph),
     )
 
 

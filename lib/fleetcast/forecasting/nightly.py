@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError, in_one_line
+from fleetcast.evaluation import dependencies
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration
 from fleetcast.evaluation.report import NightlyReport, ladder_table, render, text_table
@@ -28,6 +29,7 @@ from fleetcast.training.options import TrainOptions
 from fleetcast.training.register import SELECTED
 from fleetcast.training.run import train_model
 from fleetcast.windows import manifest as manifests
+from fleetcast.windows.graph import last_graph
 from fleetcast.windows.manifest import Manifest, ShardOptions
 
 log = logging.getLogger("fleetcast")
@@ -261,6 +263,7 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
         entity_history=_history(data, [(_key(peak), peak) for peak in overview["peaks"]]),
         entity_forecast=_forecast(data, [(_key(peak), peak) for peak in overview["peaks"]]),
         total_note=published["total"],
+        graph=last_graph(store, data, dependencies.MOST),
     )
 
 

@@ -18,6 +18,7 @@ log = logging.getLogger("fleetcast")
 _PART_FILE = re.compile(
     r"(machine|container)_(meta|usage)-\d{5,}\.\S+|batch_(task|instance)-\d{5,}\.\S+"
     r"|(services|calls)\.parquet"
+    r"|(MSCallGraph|MSResource|MSRTQps|Node|CallGraph|MSRTMCR|MSMetrics|NodeMetrics)_\d+\.(csv(\.gz)?|tar\.gz)"
 )
 
 

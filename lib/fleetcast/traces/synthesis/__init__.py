@@ -1,11 +1,15 @@
-"""A synthetic cluster, written as a raw trace in the exact format of cluster-trace-v2018, quirks included; or
-as a table of services with the calls between them.
+"""A synthetic cluster, written as a raw trace in the exact format of cluster-trace-v2018 or of
+cluster-trace-microservices-v2021 or -v2022, quirks included; or as a table of services with the calls between
+them.
 
-    cluster   which services depend on which, which machines host them
-    load      what every machine and container does at any time: cycles, and shocks that travel
-    tables    the rows of the six tables, sampled from the load
-    services  the table of services and their calls: requests per second, latency, cpu
-    here      the files of the trace
+    cluster        which services depend on which, which machines host them
+    load           what every machine and container does at any time: cycles, and shocks that travel
+    tables         the rows of 2018's six tables, sampled from the load
+    services       the table of services and their calls: requests per second, latency, cpu
+    replicas       the containers of a service, which come and go
+    calls          which service calls which how often, and traces that are sampled of it
+    microservices  the rows of the microservice traces' tables
+    here           the files of the trace
 
     prometheus  beside it: what a Prometheus has scraped of a small cluster
 
@@ -27,6 +31,7 @@ import numpy as np
 import polars as pl
 
 from fleetcast.traces.alibaba_2018 import TABLES
+from fleetcast.traces.synthesis import microservices
 from fleetcast.traces.synthesis.cluster import Stream, SynthesizeOptions, generator
 from fleetcast.traces.synthesis.services import write_calls, write_services
 from fleetcast.traces.synthesis.tables import plan
@@ -46,8 +51,8 @@ class Part:
 
     @property
     def name(self) -> str:
-        """`machine_usage-00000`, without the format's ending."""
-        return f"{self.table}-{self.index:05d}"
+        """`machine_usage-00000` or `MSCallGraph_0`, without the format's ending."""
+        return f"{self.table}-{self.index:05d}" if self.table in TABLES else f"{self.table}_{self.index}"
 
     def file(self, options: SynthesizeOptions) -> str:
         """`machine_usage-00000.csv`, or `services.parquet`."""
@@ -58,6 +63,12 @@ def parts(options: SynthesizeOptions) -> list[Part]:
     """All files of the trace."""
     if options.trace == "services":
         return [Part(table, 0) for table in SERVICES]
+    if options.trace in microservices.TABLES:
+        return [
+            Part(table, index)
+            for table in microservices.TABLES[options.trace]
+            for index in range(microservices.file_count(options, table))
+        ]
     found = []
     for table in TABLES:
         cut = plan(options, table)
@@ -68,6 +79,9 @@ def parts(options: SynthesizeOptions) -> list[Part]:
 
 def frames(options: SynthesizeOptions, part: Part, block_rows: int = 1 << 17) -> Iterator[pl.DataFrame]:
     """The rows of a part, in blocks small enough for the processor's caches; no order is kept anywhere."""
+    if options.trace in microservices.TABLES:
+        yield from microservices.frames(options, part.table, part.index, block_rows)
+        return
     cut = plan(options, part.table)
     size = options.rows_per_part // cut.rows
     # Walking around the shards by a stride near the golden ratio scatters them without a list of them all.
@@ -105,6 +119,8 @@ def write_part(options: SynthesizeOptions, part: Part, file: IO[bytes]) -> int:
 
 def _write_csv(options: SynthesizeOptions, part: Part, file: IO[bytes]) -> int:
     rows = 0
+    if options.trace in microservices.TABLES:
+        file.write(microservices.header(options, part.table).encode())
     for frame in frames(options, part):
         text = io.BytesIO()
         frame.write_csv(text, include_header=False, quote_style="never")

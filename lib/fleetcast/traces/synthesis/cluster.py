@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fleetcast.config import Options, Seconds
 
@@ -34,10 +34,11 @@ KNOTS = DAY // KNOT
 class SynthesizeOptions(Options):
     """What the synthetic cluster is like and how its files are cut."""
 
-    trace: Literal["alibaba-2018", "services"] = "alibaba-2018"
-    """What is written: the six tables of cluster-trace-v2018; or services.parquet (time, service,
-    request_rate, latency, cpu, every 5 min) and calls.parquet (time, source, target, weight: requests per
-    second, every hour), which need only services, days, seed, coupling and requests."""
+    trace: Literal["alibaba-2018", "microservices-v2021", "microservices-v2022", "services"] = "alibaba-2018"
+    """What is written: the six tables of cluster-trace-v2018; the four of a microservice trace, calls among
+    them; or services.parquet (time, service, request_rate, latency, cpu, every 5 min) and calls.parquet
+    (time, source, target, weight: requests per second, every hour), which need only services, days, seed,
+    coupling and requests."""
     machines: int = Field(100, ge=1)
     """Machines, of 96 cores each."""
     containers: int | None = Field(None, ge=1)
@@ -57,11 +58,18 @@ class SynthesizeOptions(Options):
     job_interval: Seconds = Field(1800, ge=60)
     """Every service runs its batch job once in this time [s, or 30min]; must divide a day."""
     requests: float = Field(2500, gt=0)
-    """Mean requests that all services together receive [1/s]; only where the trace is of services."""
+    """Mean requests that all services together receive [1/s]; not in alibaba-2018. A microservice trace has
+    rows of one call in two hundred."""
+    churn: float = Field(0, ge=0, le=1)
+    """Share of the containers that a rollout replaces by new ones on a day [0-1]; as large a share is started
+    or stopped for good at some time, and some services begin in the middle. Only in microservice traces."""
     format: Literal["csv", "csv.gz", "tar.gz"] = "csv"
-    """Of the six tables' files; an archive holds one csv."""
+    """Of the files that are not Parquet; an archive holds one csv."""
     rows_per_part: int = Field(1_000_000, ge=25_000)
-    """Most rows in a file [rows]: 35 to 110 MB of text a million."""
+    """Most rows in a file of alibaba-2018 [rows]: 35 to 110 MB of text a million."""
+    file_span: Seconds | None = None
+    """Time in a file of a microservice trace [s, or 1h]; must divide a day. If not given, each table's as
+    published: 3 min to 12 h, or all of it."""
 
     @field_validator("services")
     @classmethod
@@ -86,6 +94,22 @@ class SynthesizeOptions(Options):
         if DAY % interval:
             raise ValueError("expected seconds that divide a day")
         return interval
+
+    @field_validator("file_span")
+    @classmethod
+    def _minutes_that_divide_a_day(cls, span: int | None) -> int | None:
+        if span is not None and (span < 60 or span % 60 or DAY % span):
+            raise ValueError("expected minutes that divide a day")
+        return span
+
+    @model_validator(mode="after")
+    def _a_container_for_each_service(self) -> SynthesizeOptions:
+        if self.trace.startswith("microservices") and self.container_count < self.service_count:
+            raise ValueError(
+                f"containers ({self.container_count}) must be at least as many as services "
+                f"({self.service_count})"
+            )
+        return self
 
     @property
     def container_count(self) -> int:
@@ -115,6 +139,10 @@ class Stream(IntEnum):
     ROWS = 6
     REQUESTS = 7
     CROWDS = 8
+    EDGES = 9
+    REPLICA = 10
+    ROLLOUTS = 11
+    CALLS = 12
 
 
 def generator(options: SynthesizeOptions, stream: Stream, *counter: int) -> np.random.Generator:
@@ -131,10 +159,8 @@ DELAYS = (1800, 3600)
 @lru_cache(maxsize=1 << 16)
 def upstream(options: SynthesizeOptions, service: int) -> tuple[tuple[int, int], ...]:
     """The services whose load reaches a service, with their delays in knots: none of a root, else 1 to 3."""
-    layers = min(LAYERS, options.service_count)
-    # Layer k is services first(k) … first(k + 1) − 1.
-    first = [-(-layer * options.service_count // layers) for layer in range(layers + 1)]
-    layer = service * layers // options.service_count
+    first = layer_starts(options)
+    layer = service * (len(first) - 1) // options.service_count
     if layer == 0:
         return ()
     random = generator(options, Stream.DEPENDENCIES, service)
@@ -167,3 +193,9 @@ def placement(options: SynthesizeOptions, container: int) -> tuple[int, int]:
     turn, machine = divmod(container, options.machines)
     services = hosted(options, machine)
     return machine, services[turn % len(services)][0]
+
+
+def layer_starts(options: SynthesizeOptions) -> list[int]:
+    """Layer k is services `starts[k]` … `starts[k + 1]` − 1."""
+    layers = min(LAYERS, options.service_count)
+    return [-(-layer * options.service_count // layers) for layer in range(layers + 1)]

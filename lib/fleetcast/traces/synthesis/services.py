@@ -17,7 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -121,11 +121,11 @@ def _services(options: SynthesizeOptions, day: int) -> pa.Table:
     random = generator(options, Stream.ROWS, day)
     rate = np.stack([request_rate(options, service, day) for service in range(count)], axis=1)  # [KNOTS, S]
     rate *= random.lognormal(-(_RATE_NOISE**2) / 2, _RATE_NOISE, rate.shape)
-    capacity, idle, service_time = np.array([_profile(options, service)[3:] for service in range(count)]).T
+    profiles = [profile(options, service) for service in range(count)]
+    capacity, idle, service_time = np.array([(p.capacity, p.idle, p.service_time) for p in profiles]).T
     busy = rate / capacity
-    cpu = np.clip(idle + (1 - idle) * busy + 0.01 * random.standard_normal(rate.shape), 0.005, 1)
-    full = np.minimum(busy, _FULL)
-    latency = service_time * (1 + full**2 / (1 - full)) * random.lognormal(0, _LATENCY_NOISE, rate.shape)
+    cpu = processors(busy, idle, random)
+    latency = response_time(busy, service_time) * random.lognormal(0, _LATENCY_NOISE, rate.shape)
     seen = random.random(rate.shape) >= _MISSING_ROWS
     knot, service = np.nonzero(seen)
     names = pa.array([name(number) for number in range(count)])
@@ -164,26 +164,55 @@ def _calls(options: SynthesizeOptions, day: int) -> pa.Table:
     )
 
 
+class Profile(NamedTuple):
+    """One service's regular behaviour."""
+
+    mean: float
+    """Requests [1/s]."""
+    peak: float
+    """Time of day of the most requests [s]."""
+    weekend: float
+    """How much less is asked for in the middle of the weekend, as a share."""
+    capacity: float
+    """Requests that fill its processors [1/s]."""
+    idle: float
+    """Share of the processors that are busy without requests."""
+    service_time: float
+    """Time that a request takes then [s]."""
+
+
 @lru_cache(maxsize=1 << 16)
-def _profile(options: SynthesizeOptions, service: int) -> tuple[float, float, float, float, float, float]:
-    """Mean requests [1/s], time of day of the most [s], weekend, capacity [1/s], cpu when idle, time that a
-    request takes then [s]."""
+def profile(options: SynthesizeOptions, service: int) -> Profile:
+    """What is drawn for a service."""
     random = generator(options, Stream.REQUESTS, service)
     mean = options.requests / options.service_count * random.lognormal(-(_SIZES**2) / 2, _SIZES)
-    return (
-        mean,
-        random.normal(15, 1.5) * 3600,
-        _WEEKEND * random.uniform(0.7, 1.3),
-        mean * random.uniform(3.2, 5.5),
-        random.uniform(0.02, 0.08),
-        random.uniform(0.005, 0.06),
+    return Profile(
+        mean=mean,
+        peak=random.normal(15, 1.5) * 3600,
+        weekend=_WEEKEND * random.uniform(0.7, 1.3),
+        capacity=mean * random.uniform(3.2, 5.5),
+        idle=random.uniform(0.02, 0.08),
+        service_time=random.uniform(0.005, 0.06),
     )
+
+
+def processors(busy: Array, idle: Array, random: np.random.Generator) -> Array:
+    """cpu [0-1] where requests are the share `busy` of the capacity, with a little noise."""
+    cpu: Array = np.clip(idle + (1 - idle) * busy + 0.01 * random.standard_normal(busy.shape), 0.005, 1)
+    return cpu
+
+
+def response_time(busy: Array, service_time: Array) -> Array:
+    """Mean latency in the unit of `service_time`."""
+    full = np.minimum(busy, _FULL)
+    latency: Array = service_time * (1 + full**2 / (1 - full))
+    return latency
 
 
 @lru_cache(maxsize=1 << 12)
 def request_rate(options: SynthesizeOptions, service: int, day: int) -> Array:
     """[KNOTS] requests that a service receives on a day [1/s], but for what nobody could foresee."""
-    mean, peak, weekend, *_ = _profile(options, service)
+    mean, peak, weekend, *_ = profile(options, service)
     time = day * DAY + KNOT * np.arange(KNOTS)
     # The trace starts on a Monday; Saturday and Sunday are one smooth dip.
     dip = 1 - weekend * np.sin(np.pi * np.clip(time / DAY % 7 - 5, 0, 2) / 2) ** 2
