@@ -53,7 +53,7 @@ def write(store: Store, entities: int, days: int = 2, seed: int = 0) -> Store:
             }
         ).filter(pl.col("source") != pl.col("target"))
         table = edges.cast({"time": pl.Datetime("ms", "UTC")}).unique(("time", "source", "target")).to_arrow()
-        files.append(f"dependencies/date={date}/batch-00.parquet")
+        files.append(f"dependencies/date={date}/machine.parquet")
         store.write_table(files[-1], table.select(schemas.DEPENDENCIES.names).cast(schemas.DEPENDENCIES))
     _describe(store, list(machines), files, days)
     return store

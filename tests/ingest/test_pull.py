@@ -179,6 +179,34 @@ def test_windows_of_services_have_the_load_of_their_pods_and_their_requests(nigh
     assert cpu == pytest.approx(both, abs=1e-5)
 
 
+def test_windows_of_services_have_their_calls_as_edges(night, cluster):
+    store, _ = night
+    windows = {"windows": "called", "level": "service", "metrics": ("cpu",), "history": "1h", "horizon": "1h"}
+    shard(store, ShardOptions.model_validate(windows))
+    data = manifests.load(store, "called")
+    (part,) = data.shards
+    edges = pl.read_parquet(store.read_bytes(part.edges))
+    names = data.members(0)
+    pairs = {
+        (names[source], names[target]) for source, target in edges.select("source", "target").iter_rows()
+    }
+    assert pairs == {("shop/front", "shop/cart"), ("shop/cart", "data/store")}  # users have no pods
+    for (begun,), calls in edges.group_by("time"):
+        hour = (int(begun.timestamp()) - cluster.start) // SLICE
+        rates = {
+            (full, into): cluster.rate(pair).reshape(-1, SLICE // STEP).mean(1)[hour]
+            for pair, full, into in (
+                (("front", "cart"), "shop/front", "shop/cart"),
+                (("cart", "store"), "shop/cart", "data/store"),
+            )
+        }
+        most = calls["weight"].max()
+        found = {
+            (names[s], names[t]): w / most for s, t, w in calls.select("source", "target", "weight").rows()
+        }
+        assert found == pytest.approx({p: r / max(rates.values()) for p, r in rates.items()}, rel=0.04)
+
+
 def test_windows_of_containers_are_of_pods_alone(night):
     store, _ = night
     windows = {"windows": "pods", "level": "container", "metrics": ("cpu",), "history": "1h", "horizon": "1h"}

@@ -40,7 +40,8 @@ def units(*border: tuple[int, int, int, int], **own: tuple[int, int]) -> Places:
     rows = [(entity, group, index) for entity, (group, index) in own.items()]
     schema = {"entity": pl.String, "group": pl.Int32, "index": pl.Int32}
     ends = dict.fromkeys(("home", "place", "group", "index"), pl.Int32)
-    return Places(pl.DataFrame(rows, schema, orient="row"), pl.DataFrame(border, ends, orient="row"))
+    named = pl.DataFrame(rows, schema, orient="row")
+    return Places(named, named, pl.DataFrame(border, ends, orient="row"))
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The reduce side of ingest for dependencies: one day's records → its machine edges, slice by slice."""
+"""The reduce side of ingest for dependencies: one day's records → the edges between its machines, and between
+its services, slice by slice."""
 
 from __future__ import annotations
 
@@ -64,6 +65,16 @@ def combine_dependencies(
     edges = sparsify.strongest(pl.concat(found), options.neighbours).sort("time", "kind", "target", "source")
     store.write_table(item["target"], edges.to_arrow().cast(schemas.DEPENDENCIES))
     return {"edges": dict(edges["kind"].value_counts().sort("kind").iter_rows())}
+
+
+def combine_calls(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:
+    """Calls → dependencies between services of `item["day"]`."""
+    calls = read_parts(store, "calls", parts_of(store, "calls", f"date={item['day']}", item["calls"]))
+    assert calls is not None, "a day is only planned where there are parts"
+    found = sparsify.strongest(dependencies.of_kind("call", calls.lazy()), options.neighbours)
+    edges = found.sort("time", "kind", "target", "source")
+    store.write_table(item["target"], edges.to_arrow().cast(schemas.DEPENDENCIES))
+    return {"edges": {"call": len(edges)}}
 
 
 def _none() -> pl.DataFrame:

@@ -21,7 +21,7 @@ from fleetcast.config import Options
 from fleetcast.errors import InputError
 from fleetcast.ingest.archives import drop_other_indexes, index_archives
 from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk, parts_of, reading_of
-from fleetcast.ingest.dependencies import combine_dependencies, place_containers
+from fleetcast.ingest.dependencies import combine_calls, combine_dependencies, place_containers
 from fleetcast.ingest.files import BLOCK_BYTES, Chunk, RawFile, chunks, discover
 from fleetcast.ingest.make import make
 from fleetcast.ingest.options import IngestOptions
@@ -426,11 +426,14 @@ def _build_dependencies(
     """Builds the days of dependencies that are stale; returns the receipts of all, by path."""
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
+        if "calls" in item:
+            return combine_calls(store, options, item)
         return combine_dependencies(store, options, _PLACEMENTS, item)
 
     plan = _dependency_plan(days, telemetry, _place_containers(store, days))
-    # Of one day and the day before; placements are few.
-    room = memory.merging(2 * _rows(state, days, "tasks", "instances"), FLUSH_ROWS)
+    # Of one day and the day before, or of all buckets of a day; placements are few.
+    calls = (options.buckets or 1) * _rows(state, days, "calls")
+    room = memory.merging(max(calls, 2 * _rows(state, days, "tasks", "instances")), FLUSH_ROWS)
     return make(store, plan, work, f"{_OUTPUTS}/dependencies", "ingest: dependencies", room)
 
 
@@ -499,6 +502,9 @@ def _dependency_plan(
             item["telemetry"] = machines.get(yesterday, [])
             item["inputs"] = [telemetry[path]["inputs"] for path in item["telemetry"]]
         plan[f"dependencies/date={day}/machine.parquet"] = item
+    for day in sorted(days["calls"]):
+        calls = {"day": day, "calls": _of_day(days, "calls", day)}
+        plan[f"dependencies/date={day}/service.parquet"] = calls
     return plan
 
 

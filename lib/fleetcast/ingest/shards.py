@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
 
@@ -129,22 +130,27 @@ def _units(
     named = named.filter(pl.col("unit").is_in(names))
     if len(names) <= options.group_size:
         return named, [names], [[]]
-    graph = _graph(store, options.dependencies, telemetry, named)
+    graph = _graph(store, options, telemetry, names)
     groups = cut.cut(names, graph, options.group_size)
     flow = graph.select("source", "target", weight="flow")
     return named, groups, cut.border(groups, flow, options.border)
 
 
-def _graph(
-    store: Store, kinds: tuple[str, ...], telemetry: dict[str, Any], units: pl.DataFrame
-) -> pl.DataFrame:
+def _dependencies(telemetry: dict[str, Any], level: str) -> list[str]:
+    """The files of dependencies between units of a level."""
+    return [path for path in telemetry["files"] if fnmatch(path, f"dependencies/*/{level}.parquet")]
+
+
+def _graph(store: Store, options: ShardOptions, telemetry: dict[str, Any], names: list[str]) -> pl.DataFrame:
     """All dependencies between units summed over time, as many rows as there are pairs: the `weight` of every
-    kind as it is, and the `flow` that models see, of the chosen `kinds` on one scale."""
+    kind as it is, and the `flow` that models see, of the chosen kinds on one scale."""
     total: pl.DataFrame | None = None
-    for path in (path for path in telemetry["files"] if path.startswith("dependencies/")):
+    for path in _dependencies(telemetry, options.level):
         day: Any = pl.from_arrow(store.read_table(path))
         day = day.with_columns(pl.col("source", "target").cast(pl.String))
-        seen = combine(day, kinds).group_by("source", "target").agg(flow=pl.col("weight").sum())
+        seen = (
+            combine(day, options.dependencies).group_by("source", "target").agg(flow=pl.col("weight").sum())
+        )
         day = day.group_by("source", "target").agg(pl.col("weight").sum())
         day = day.join(seen, on=["source", "target"], how="left")
         both = day if total is None else pl.concat([total, day])
@@ -152,10 +158,7 @@ def _graph(
     if total is None:
         numbers = {"weight": pl.Float32, "flow": pl.Float32}
         return pl.DataFrame(schema={"source": pl.String, "target": pl.String, **numbers})
-    for end in ("source", "target"):
-        total = total.join(units.select("unit", entity="entity"), left_on=end, right_on="entity")
-        total = total.drop(end).rename({"unit": end})
-    return total.group_by("source", "target").agg(pl.col("weight", "flow").sum())
+    return total.filter(pl.col("source").is_in(names) & pl.col("target").is_in(names))
 
 
 def _draft(
@@ -253,7 +256,7 @@ def _build(
     """Splits the files by group, then builds every shard; returns the shards' receipts."""
     kind = _SOURCE_KIND[options.level]
     values = [path for path in telemetry["files"] if f"/{kind}-" in path]
-    edges = [path for path in telemetry["files"] if path.startswith("dependencies/")]
+    edges = _dependencies(telemetry, options.level)
     key = {"dataset": draft.fingerprint}
     plan = {
         f"{work}/split/{path.removesuffix('.parquet')}.arrow": {"source": path, **key}

@@ -76,10 +76,10 @@ class Graph:
         return cls(file, columns, clock, _HOUR if hourly else _DAY, None)
 
     def load(
-        self, store: Store, work: str, kind: str, names: list[str], span: Mapping[str, int]
+        self, store: Store, work: str, level: str, names: list[str], span: Mapping[str, int]
     ) -> tuple[int, dict[str, int]]:
-        """Writes days of dependencies between the entities `names`; returns how many pairs they join, and how
-        many rows were rejected by reason.
+        """Writes days of dependencies between the entities `names` of a level; returns how many pairs they
+        join, and how many rows were rejected by reason.
 
         A window sees the last slice that had ended at its origin. So edges that hold at all times are written
         for every day, from the day before the telemetry; timed ones are summed by slice. Raises InputError
@@ -105,7 +105,7 @@ class Graph:
                 f"entities such as {', '.join(names[:3])}"
             )
         for day, edges in self._days(store, work, pairs, span):
-            _write(store, f"{work}/dependencies/{day}/{kind}.parquet", edges)
+            _write(store, f"{work}/dependencies/{day}/{level}.parquet", edges)
         return len(pairs), dict(sorted(reasons.items()))
 
     def _usable(self, entities: pl.Series) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:

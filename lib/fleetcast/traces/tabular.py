@@ -34,6 +34,8 @@ from fleetcast.traces.parts import PartWriter, combine_entities, combine_telemet
 log = logging.getLogger("fleetcast")
 
 TRACE = "tabular"
+#: Of what is written: a store that holds another's is loaded anew.
+_FORMAT = 2
 _DAY = 86_400
 #: Steps that are only numbered are taken to be this wide [s].
 _ASSUMED_STEP = 300
@@ -158,7 +160,7 @@ def load(store: Store, options: TabularOptions) -> dict[str, Any]:
         chosen = {role: getattr(options, f"edges_{role}") for role in ROLES}
         graph = Graph.of(edges, chosen, options.time_unit, clock, list(layout.cells))
         span = telemetry["spans"][options.kind]
-        found, rejected = graph.load(store, work, options.kind, _names(store, work, options), span)
+        found, rejected = graph.load(store, work, options.level, _names(store, work, options), span)
         slice_width = graph.slice
         figures |= {"edges": found, "rejected": {**figures["rejected"], "edges": rejected}}
     store.write_json(
@@ -178,7 +180,8 @@ def load(store: Store, options: TabularOptions) -> dict[str, Any]:
 
 def _state(options: TabularOptions, table: ColumnFile, edges: ColumnFile | None) -> dict[str, Any]:
     """What the store's telemetry is made of, as ingest keeps it."""
-    settings = {"trace": TRACE, **options.model_dump(mode="json", exclude={"table", "edges"})}
+    given = options.model_dump(mode="json", exclude={"table", "edges"})
+    settings = {"trace": TRACE, "format": _FORMAT, **given}
     files = [table] if edges is None else [table, edges]
     return {
         "settings": settings,

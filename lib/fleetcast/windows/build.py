@@ -64,6 +64,8 @@ class Places:
     own: pl.DataFrame
     """`entity` of the telemetry → `group` and `index` of the unit that is forecast; several entities may
     share one, as containers of a service do."""
+    units: pl.DataFrame
+    """`entity`, the name of a unit, of which dependencies are → its `group` and `index`."""
     border: pl.DataFrame
     """`home` and `place`, a unit's own group and index → each `group` that it borders, and its `index`
     there."""
@@ -76,6 +78,7 @@ class Places:
         home = own.rename({"group": "home", "index": "place"})
         return cls(
             units.join(own, on="unit").select("entity", "group", "index"),
+            own.rename({"unit": "entity"}),
             border.join(home, on="unit").select("home", "place", "group", "index"),
         )
 
@@ -138,8 +141,8 @@ def split_dependencies(store: Store, source: str, target: str, places: Places, g
     table: Any = pl.from_arrow(store.read_table(source))
     edges = (
         combine(table.with_columns(pl.col("source", "target").cast(pl.String)), grid.kinds)
-        .join(places.own.select(source="entity", source_group="group", **{"from": "index"}), on="source")
-        .join(places.own.select(target="entity", target_group="group", to="index"), on="target")
+        .join(places.units.select(source="entity", source_group="group", **{"from": "index"}), on="source")
+        .join(places.units.select(target="entity", target_group="group", to="index"), on="target")
     )
     ends: dict[str, Any] = {"source": "from", "target": "to"}
     columns = ("group", "time", "weight", "source", "target")

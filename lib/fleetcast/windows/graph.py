@@ -63,7 +63,7 @@ def last_graph(store: Store, manifest: Manifest, most: int) -> LastGraph | None:
     return LastGraph(
         time=time,
         slice=manifest.slice,
-        kinds=_kinds(store, time),
+        kinds=_kinds(store, manifest.level, time),
         entities=len(flow),
         total=len(every),
         edges=among,
@@ -72,15 +72,15 @@ def last_graph(store: Store, manifest: Manifest, most: int) -> LastGraph | None:
     )
 
 
-def _kinds(store: Store, time: int) -> tuple[str, ...]:
-    """The kinds of the dependencies that the store has of a slice."""
+def _kinds(store: Store, level: str, time: int) -> tuple[str, ...]:
+    """The kinds of the dependencies that the store has of a level and slice."""
     start = pl.lit(time * 1000).cast(pl.Datetime("ms", "UTC"))
     day = str(pl.select(start.dt.date()).item())
-    found: set[str] = set()
-    for path in store.list(f"dependencies/date={day}", ".parquet"):
-        edges: Any = pl.from_arrow(store.read_table(path, columns=["time", "kind"]))
-        found |= set(edges.filter(pl.col("time") == start)["kind"].cast(pl.String).unique())
-    return tuple(sorted(found))
+    path = f"dependencies/date={day}/{level}.parquet"
+    if not store.exists(path):
+        return ()
+    edges: Any = pl.from_arrow(store.read_table(path, columns=["time", "kind"]))
+    return tuple(sorted(edges.filter(pl.col("time") == start)["kind"].cast(pl.String).unique()))
 
 
 def _load(store: Store, manifest: Manifest, names: set[str]) -> dict[str, float]:
