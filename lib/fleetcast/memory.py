@@ -14,8 +14,9 @@ PROCESS = 250 << 20
 PROCESS_TORCH = 600 << 20
 #: A partial row of telemetry, with its sums, counts and maxima.
 PARTIAL_ROW = 200
-#: Columns of a block of text, in its bytes; partial rows while they merge, with what the allocator keeps.
-_COLUMNS, _MERGING = 8, 6
+#: Columns of a block of text, in its bytes; partial rows while they merge, and those that gather while blocks
+#: are parsed, with what the allocator keeps.
+_COLUMNS, _MERGING, _GATHERING = 8, 6, 9
 #: A shard while it is built, in its own bytes: sums, counts, statistics in float64.
 _BUILDING = 10
 #: A shard that is open, in its own bytes: values, filled values, mask, steps since the last observation.
@@ -26,7 +27,7 @@ _WINDOWS = 300 << 20
 
 def reading(block_bytes: int, flush_rows: int) -> int:
     """A chunk of raw rows: a block as text and as columns, and the partial rows that wait to be written."""
-    return PROCESS + _COLUMNS * block_bytes + _MERGING * flush_rows * PARTIAL_ROW
+    return PROCESS + _COLUMNS * block_bytes + _GATHERING * flush_rows * PARTIAL_ROW
 
 
 def merging(rows: int, flush_rows: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
+import re
 import runpy
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,14 @@ def test_an_unknown_metric_is_refused_at_the_door():
         options(machine={"cup": "up"})
 
 
+def test_a_time_that_is_not_over_is_refused(pulled, server):
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    with pytest.raises(InputError, match=f"prometheus.since {re.escape(str(tomorrow))}: is not over yet"):
+        pulled(server, since=tomorrow, until=None)
+    with pytest.raises(ValueError, match=r"since .* must be before until"):
+        PrometheusOptions(since="2026-11-05", until="2026-11-01")
+
+
 def test_servers_that_cannot_be_asked_are_named(pulled, tasks, tmp_path, answering):
     with pytest.raises(InputError, match=r"http://127.0.0.1:1: .*refused \(tried 2 times\)"):
         pulled("http://127.0.0.1:1", attempts=2)
@@ -346,6 +355,9 @@ def test_servers_that_cannot_be_asked_are_named(pulled, tasks, tmp_path, answeri
         pulled(answering(lambda path, key: (200, "{}")))
     with pytest.raises(InputError, match="is a server, expected --trace prometheus"):
         ingest(Store(str(tmp_path / "other")), "http://127.0.0.1:1", IngestOptions())
+    for address, wrong in {"http://": "names no host", "http://a:b": "Invalid port"}.items():
+        with pytest.raises(InputError, match=f"{address}: {wrong}.*expected http://host:port"):
+            pulled(address)
     with pytest.raises(InputError, match="has a user in its address") as failure:
         pulled("http://fleet:secret@127.0.0.1:1")
     assert "secret" not in str(failure.value)

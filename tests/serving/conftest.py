@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,9 +65,3 @@ def store(night: Store, tmp_path: Path) -> Store:
     """A copy of the store that a test may change."""
     shutil.copytree(night.root, tmp_path / "store")
     return Store(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from fleetcast.errors import InputError
 from fleetcast.serving import prometheus
 from fleetcast.serving.prometheus import Matcher, parse
 from prometheus_client.parser import text_string_to_metric_families
+from real_prometheus import needs_prometheus, running
 
 START = 1515196800  # 2018-01-06T00:00:00Z, where the forecast begins
 NEEDS = "Debian's package prometheus has it"
@@ -151,8 +151,8 @@ def test_promtool_finds_nothing_wrong(client):
     assert (done.returncode, done.stderr, done.stdout) == (0, b"", b"")
 
 
-@pytest.mark.skipif(not shutil.which("prometheus"), reason=f"no prometheus here; {NEEDS}")
-def test_a_real_prometheus_scrapes_it(served, client, tmp_path, free_port):
+@needs_prometheus
+def test_a_real_prometheus_scrapes_it(served, client, tmp_path):
     config = {
         "scrape_configs": [
             {
@@ -162,23 +162,9 @@ def test_a_real_prometheus_scrapes_it(served, client, tmp_path, free_port):
             }
         ]
     }
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    command = [
-        "prometheus",
-        f"--config.file={tmp_path}/prometheus.yml",
-        f"--storage.tsdb.path={tmp_path}/data",
-        f"--web.listen-address=127.0.0.1:{free_port}",
-    ]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}") as peer:
-            ahead = 'fleetcast_total_ahead{metric="cpu",level="0.5",ahead_hours="3"}'
-            found = _first(peer, ahead, tmp_path)
-            up = _first(peer, "up", tmp_path)
-    finally:
-        process.terminate()
-        process.wait(30)
+    with running(tmp_path, config) as url, httpx.Client(base_url=url) as peer:
+        found = _first(peer, 'fleetcast_total_ahead{metric="cpu",level="0.5",ahead_hours="3"}', tmp_path)
+        up = _first(peer, "up", tmp_path)
     total = client.get("/v1/totals?metric=cpu").json()["quantiles"]["0.5"]
     assert float(found["value"][1]) == pytest.approx(total[12], rel=1e-5)
     assert up["value"][1] == "1"
@@ -188,11 +174,7 @@ def _first(peer: httpx.Client, query: str, folder: Path) -> dict:
     """The result of a query once there is one."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        try:
-            result = peer.get("/api/v1/query", params={"query": query}).json()["data"]["result"]
-        except (httpx.TransportError, KeyError, ValueError):  # it is starting
-            result = []
-        if result:
+        if result := peer.get("/api/v1/query", params={"query": query}).json()["data"]["result"]:
             return result[0]
         time.sleep(0.1)
     raise AssertionError((folder / "log").read_text()[-2000:])

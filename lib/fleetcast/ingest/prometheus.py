@@ -49,8 +49,13 @@ class Server:
 
     def __init__(self, url: str, options: PrometheusOptions, keys: bool = True) -> None:
         """Only who is to be given `keys` is told them. Raises InputError for an address that has some in it,
-        which would be logged."""
-        parsed = httpx.URL(url)
+        which would be logged, or that is none."""
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise InputError(f"{url}: {error}, expected http://host:port") from error
+        if not parsed.host:
+            raise InputError(f"{url}: names no host, expected http://host:port")
         if parsed.userinfo:
             raise InputError(
                 f"--source {parsed.copy_with(username=None, password=None)}: has a user in its address, "

@@ -54,6 +54,11 @@ def pull(store: Store, source: str, options: IngestOptions) -> str:
         if asked.until is not None:
             until = min(until, int(asked.until.timestamp()))
         since = until - asked.back if asked.since is None else int(asked.since.timestamp())
+        if since >= until:
+            raise InputError(
+                f"--prometheus.since {asked.since}: is not over yet by the clock of {source}, expected a "
+                f"time before {datetime.fromtimestamp(until, UTC)}"
+            )
         graph = _graph(server, since, until, options)
         found = _check(server, until, options, graph)
     tables = [kind for kind in LABELS if asked.queries(kind, _of(graph, options))]

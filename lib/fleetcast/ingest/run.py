@@ -152,9 +152,8 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
     }
     figures["peak_bytes"] = max(peaks.values())
     if not any(kinds.values()):
-        raise InputError(
-            "the source has no usable row of machine_usage or container_usage; nothing to forecast"
-        )
+        tables = " or ".join(TRACES[options.trace].telemetry)
+        raise InputError(f"the source has no usable row of {tables}; nothing to forecast")
     store.write_json(
         f"telemetry/{MANIFEST}",
         {

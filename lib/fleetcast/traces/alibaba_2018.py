@@ -27,6 +27,9 @@ _CONTAINER_USAGE = {**_USAGE, "mpki": ("mpki", 1.0), "cpi": ("cpi", 1.0)}
 #: Every metric that this source has, in the order of the telemetry's columns, and what to divide it by.
 METRICS = {metric: divisor for metric, (_, divisor) in _CONTAINER_USAGE.items()}
 
+#: The tables that telemetry is made of.
+TELEMETRY = ("machine_usage", "container_usage")
+
 #: A stamp later than this is a broken clock, not a long trace.
 _LATEST = 10 * 366 * 86_400
 #: No count is larger, and its float32 is still finite.

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fleetcast.config import Options, Seconds
 from fleetcast.traces.raw import Binning, Table
@@ -240,6 +240,12 @@ class PrometheusOptions(Options):
             if metric not in METRICS:
                 raise ValueError(f"unknown metric {metric}, expected some of {', '.join(METRICS)}")
         return queries
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PrometheusOptions:
+        if self.since is not None and self.until is not None and self.since >= self.until:
+            raise ValueError(f"since ({self.since}) must be before until ({self.until})")
+        return self
 
     def queries(self, kind: str, graph: Graph | None) -> dict[str, str]:
         """Metric → query of a kind of entities."""
