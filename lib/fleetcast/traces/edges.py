@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from fleetcast.errors import InputError
 from fleetcast.store import Store
 from fleetcast.traces.clock import Clock, median_gap, read_clock
 from fleetcast.traces.columns import Batch, ColumnFile, finite, reject, texts
-from fleetcast.traces.parts import PartWriter, read_parts
+from fleetcast.traces.parts import Parts, PartWriter, by_place, read_parts
 
 #: What a column of an edge list can be, and the names by which it is known if no option says it.
 ROLES = {
@@ -104,7 +104,7 @@ class Graph:
                 f"--edges {self.file.uri}: has no usable edge ({why}), expected positive weights between "
                 f"entities such as {', '.join(names[:3])}"
             )
-        for day, edges in self._days(store, work, pairs, span):
+        for day, edges in self._days(store, by_place(writer.places), pairs, span):
             _write(store, f"{work}/dependencies/{day}/{level}.parquet", edges)
         return len(pairs), dict(sorted(reasons.items()))
 
@@ -146,20 +146,17 @@ class Graph:
         )
 
     def _days(
-        self, store: Store, work: str, pairs: pl.DataFrame, span: Mapping[str, int]
+        self, store: Store, timed: Mapping[str, Parts], pairs: pl.DataFrame, span: Mapping[str, int]
     ) -> Iterator[tuple[str, pl.DataFrame]]:
         if self.clock is None:
             for start in range(span["first"] // _DAY * _DAY - _DAY, span["last"] + 1, _DAY):
                 time = pl.Series([1000 * start]).cast(_TIME)
                 yield f"date={time.dt.date()[0]}", pairs.with_columns(time=pl.lit(time[0], time.dtype))
             return
-        days: dict[str, list[str]] = defaultdict(list)
-        for path in store.list(f"{work}/parts/calls"):
-            days[path.split("/")[-3]].append(path)
-        for day, parts in days.items():
+        for place, parts in timed.items():
             edges = read_parts(store, "calls", parts)
-            assert edges is not None, "a day has parts"
-            yield day, edges
+            assert edges is not None, "a place has parts"
+            yield f"date={place.split('/')[1]}", edges
 
 
 def _write(store: Store, path: str, edges: pl.DataFrame) -> None:

@@ -29,7 +29,7 @@ from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces.clock import Clock, median_gap, read_clock
 from fleetcast.traces.columns import ColumnFile, finite, reject, texts
 from fleetcast.traces.edges import ROLES, Graph
-from fleetcast.traces.parts import PartWriter, combine_entities, combine_telemetry
+from fleetcast.traces.parts import PartWriter, by_place, combine_entities, combine_telemetry
 
 log = logging.getLogger("fleetcast")
 
@@ -368,15 +368,15 @@ def _load_telemetry(
             writer.add("entities", _entities(binned, options))
     writer.flush()
     _check_rejected(store, work, table, rows, reasons, options.max_rejected_share)
-    days: dict[str, list[str]] = defaultdict(list)
-    for path in store.list(f"{work}/parts/{options.kind}"):
-        days[path.split("/")[-3]].append(path)
     metrics = dict.fromkeys(options.metrics, 1.0)
-    targets = {f"{work}/telemetry/{day}/{options.kind}-00.parquet": parts for day, parts in days.items()}
-    receipts = [
-        combine_telemetry(store, options.kind, parts, target, metrics) for target, parts in targets.items()
-    ]
-    combine_entities(store, store.list(f"{work}/parts/entities"), f"{work}/entities/entities.parquet")
+    receipts = []
+    for place, parts in by_place(writer.places).items():
+        product, _, day = place.removesuffix("/00").partition("/")
+        if product == options.kind:
+            target = f"{work}/telemetry/date={day}/{options.kind}-00.parquet"
+            receipts.append(combine_telemetry(store, options.kind, parts, target, metrics))
+        else:
+            combine_entities(store, parts, f"{work}/entities/entities.parquet")
     span = {"first": min(r["first"] for r in receipts), "last": max(r["last"] for r in receipts)}
     figures = {
         "rows": rows,
