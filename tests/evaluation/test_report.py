@@ -76,6 +76,7 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
         entities=entities,
         horizon=horizon,
         step=step,
+        marks=[],
         metrics=metrics,
         normalised=(),
         ladder=[

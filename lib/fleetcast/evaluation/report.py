@@ -53,6 +53,8 @@ class NightlyReport:
     """H, forecast steps."""
     step: int
     """Seconds of a step."""
+    marks: Sequence[tuple[str, datetime, datetime]]
+    """Holidays and events around the forecast: name, start and end."""
     metrics: tuple[str, ...]
     """F metrics, in the order of the last axis of the scores."""
     normalised: tuple[str, ...]
@@ -209,7 +211,7 @@ def _total_plots(report: NightlyReport) -> list[Picture]:
         history, forecast = report.total_history.filter(chosen), report.total_forecast.filter(chosen)
         if len(forecast):
             quantity = describe_total(metric, report.normalised)
-            pictures.append(_forecast_plot(metric, quantity, history, forecast))
+            pictures.append(_forecast_plot(report, metric, quantity, history, forecast))
     return pictures
 
 
@@ -222,18 +224,21 @@ def _entity_plots(report: NightlyReport) -> list[Picture]:
             history, forecast = report.entity_history.filter(chosen), report.entity_forecast.filter(chosen)
             if len(forecast):
                 pictures.append(
-                    _forecast_plot(entity, describe(metric, report.normalised), history, forecast)
+                    _forecast_plot(report, entity, describe(metric, report.normalised), history, forecast)
                 )
         return pictures
     return []
 
 
-def _forecast_plot(title: str, quantity: str, history: pl.DataFrame, forecast: pl.DataFrame) -> Picture:
+def _forecast_plot(
+    report: NightlyReport, title: str, quantity: str, history: pl.DataFrame, forecast: pl.DataFrame
+) -> Picture:
     figure, (axes,) = plots.subplots(quantity)
     history, forecast = history.sort("time"), forecast.sort("time")
     plots.line(axes, history["time"].to_numpy(), history["value"].to_numpy(), "observed", plots.OBSERVED)
     bands = {label: (forecast[low].to_numpy(), forecast[high].to_numpy()) for label, low, high in _BANDS}
     plots.fan(axes, forecast["time"].to_numpy(), forecast["mean"].to_numpy(), bands)
+    plots.shade(axes, report.marks)
     plots.legend(figure, axes)
     alt = f"{title}: {quantity}, observed and forecast with 50 % and 90 % intervals"
     return Picture(title, plots.png(figure), alt)

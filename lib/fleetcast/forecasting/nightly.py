@@ -233,6 +233,7 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
         entities=data.entities,
         horizon=data.horizon,
         step=data.step,
+        marks=_marks(data),
         metrics=data.metrics,
         normalised=data.normalised,
         ladder=[(rung, Scores.from_json(state)) for rung, state in scores.items()],
@@ -274,6 +275,13 @@ def _key(peak: dict[str, Any]) -> dict[str, str]:
 
 def _time(data: Manifest, step: int) -> datetime:
     return datetime.fromtimestamp(data.start, UTC) + timedelta(seconds=data.step * step)
+
+
+def _marks(data: Manifest) -> list[tuple[str, datetime, datetime]]:
+    """Holidays and events from three horizons before the forecast to its end."""
+    first, last = (data.start + data.step * (data.steps + n * data.horizon) for n in (-3, 1))
+    found = data.calendar.within(first, last)
+    return [(name, datetime.fromtimestamp(a, UTC), datetime.fromtimestamp(b, UTC)) for name, a, b in found]
 
 
 def _history(data: Manifest, series: list[tuple[dict[str, str], dict[str, Any]]]) -> pl.DataFrame:

@@ -27,6 +27,10 @@ from fleetcast.windows.views import OpenShard
 log = logging.getLogger("fleetcast")
 
 
+#: What a model saw that was trained before there were calendars.
+_CLOCK_ALONE: dict[str, Any] = {"marks": [], "timezone": "UTC"}
+
+
 class ForecastOptions(Options):
     """From the selected model and the newest windows to published forecasts."""
 
@@ -86,8 +90,9 @@ class Selected:
     def check(self, data: Manifest) -> None:
         """Raises InputError if the model does not fit a windows dataset."""
         own = self.manifest
-        wanted = {**self._read(saving.CONFIG)["geometry"], "step": own["step"], "level": own["level"]}
-        for name in ("level", "step", "metrics", "history", "horizon", "lags"):
+        wanted = {**_CLOCK_ALONE, **self._read(saving.CONFIG)["geometry"]}
+        wanted |= {"step": own["step"], "level": own["level"]}
+        for name in ("level", "step", "metrics", "history", "horizon", "lags", "marks", "timezone"):
             given = getattr(data, name)
             given = list(given) if isinstance(given, tuple) else given
             if given != wanted[name]:

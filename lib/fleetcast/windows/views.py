@@ -75,7 +75,11 @@ class OpenShard:
         )
         self._since = torch.from_numpy(steps_since_observed(self._observed.numpy())) if self._gaps else None
         self._calendar = time_features(
-            manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
+            manifest.start,
+            manifest.step,
+            shard.first,
+            shard.last + manifest.horizon,
+            manifest.calendar,
         )
         self._edges = edges
 
