@@ -17,7 +17,8 @@ from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
 from fleetcast.store import MANIFEST, Store
 from fleetcast.traces import columns, tabular
-from fleetcast.traces.tabular import TabularOptions, load
+from fleetcast.traces.mapping import TabularOptions
+from fleetcast.traces.tabular import load
 from fleetcast.windows import manifest
 from fleetcast.windows.manifest import ShardOptions
 from fleetcast.windows.views import OpenShard
@@ -114,14 +115,16 @@ def test_a_long_table_becomes_telemetry_entities_and_figures(store, table):
         for kind, service in (("container", pod), ("service", None))
     ]
     assert figures == {
-        "rows": 8,
+        "rows_read": {"table": 8},
+        "rows_rejected": {},
+        "values_nulled": {},
+        "files": 1,
         "entities": 2,
         "metrics": ["load", "queue length"],
         "step": 300,
         "edges": 0,
         "bins": 8,
-        "rejected": {"table": {}},
-        "values_nulled": {},
+        "clocks": [],
         "skipped": False,
     }
     made = store.read_json(f"telemetry/{MANIFEST}")
@@ -163,14 +166,14 @@ def test_every_format_means_the_same(store, table, tmp_path, name):
     path = str(tmp_path / name) if name == "table.parquet" else table(text, name)
     figures = load(store, TabularOptions(table=path, entity="pod", time="at", metrics=("load",)))
     assert telemetry(store, "load") == [("007", 0, 1.5), ("007", 300, 2.0), ("x, y", 300, 3.0)]
-    assert figures["rejected"]["table"] == {"no metric has a value": 1}
+    assert figures["rows_rejected"]["table"] == {"no metric has a value": 1}
 
 
 def test_a_wide_table_has_an_entity_per_column(store, table):
     rows = ["at,b,a", f"{ZERO},1,2", f"{ZERO + 60},3,", f"{ZERO + 120},,"]
     figures = load(store, TabularOptions(table=table(rows), time="at", metrics=("speed",)))
     assert telemetry(store, "speed") == [("a", 0, 2), ("b", 0, 1), ("b", 60, 3)]
-    assert (figures["rows"], figures["entities"], figures["step"]) == (3, 2, 60)
+    assert (figures["rows_read"]["table"], figures["entities"], figures["step"]) == (3, 2, 60)
     assert rejected(store) == [(2, "no metric has a value", f"{ZERO + 120},,")]
 
 
@@ -284,7 +287,7 @@ def test_values_that_are_no_finite_number_are_missing_and_counted(store, table):
     rows = ["at,pod,load,queue length", *(f"{ZERO + 300 * t},a,{cell},1" for t, cell in enumerate(cells))]
     figures = load(store, TabularOptions(table=table(rows), **LONG))
     assert telemetry(store, "load") == [("a", 300 * t, None) for t in range(6)] + [("a", 1800, 7)]
-    assert figures["values_nulled"] == {"load": 5}
+    assert figures["values_nulled"] == {"table": {"load": 5}}
 
 
 def test_rows_that_cannot_be_used_are_kept_with_their_reason_and_number(store, table, monkeypatch):
@@ -305,8 +308,8 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason_and_number(store, t
     # Columns are kept in the order in which they are read: entity, time, metrics.
     assert [(n, reason) for n, reason, _ in rejected(store)] == [(n, reason) for n, reason, _ in kept]
     assert rejected(store)[3] == (5, "the time cannot be read", "a,soon,1,1")
-    assert figures["rows"] == 20
-    assert sum(figures["rejected"]["table"].values()) == len(bad)
+    assert figures["rows_read"] == {"table": 20}
+    assert sum(figures["rows_rejected"]["table"].values()) == len(bad)
     assert len(telemetry(store)) == 20 - len(bad)
 
 
@@ -434,7 +437,7 @@ def test_edges_that_cannot_be_used_are_rejected_with_their_reason(store, table):
     )
     figures = load(store, options)
     assert rejected(store, "edges") == [(n, reason, line) for n, (reason, line) in bad.items()]
-    assert figures["rejected"]["edges"]["weight is not a positive number"] == 3
+    assert figures["rows_rejected"]["edges"]["weight is not a positive number"] == 3
     assert {edge[1:] for edge in edges(store)} == {("a", "b", 4)}
 
 
@@ -443,7 +446,7 @@ def test_a_matrix_joins_row_to_column_in_the_order_of_the_columns(store, table):
     graph = table("1,0,7\n-1,0,0\n0,8,0\n", "matrix.csv")
     figures = load(store, TabularOptions(table=path, metrics=("speed",), start="2024-01-01", edges=graph))
     assert {edge[1:] for edge in edges(store)} == {("b", "target", 7), ("target", "a", 8)}
-    assert figures["rejected"]["edges"] == {
+    assert figures["rows_rejected"]["edges"] == {
         "source and target are the same": 1,
         "weight is not a positive number": 1,
     }
@@ -486,7 +489,7 @@ def test_a_table_without_edges_leaves_none_of_an_earlier_one(store, table):
         ({"entity": None, "metrics": ("x",)}, r"column pod of .* is not numeric.* a long one needs --entity"),
         ({"edges": "missing.csv"}, r"--edges missing.csv: no such file"),
         ({"edges_source": "caller"}, r"--edges-source caller: no such column .*expected one of src, target"),
-        ({}, r"--edges-source: .* has no column source or from, expected one of src, target"),
+        ({}, r"--edges-source: .* has no column source or from, nor columns .* expected one of src, target"),
         (
             {"edges_source": "src"},
             r"--edges .*: has no usable edge \(source is no entity of the table: 1\).*as a, b",
@@ -564,7 +567,7 @@ def example(store: Store, name: str, folder: str, table: str, graph: str | None 
     files = {"table": str(DATA / folder / table), "edges": graph and str(DATA / folder / graph)}
     described = TabularOptions(**files, **options["tabular"])
     figures = load(store, described)
-    same = {"metrics": described.metrics, "level": described.level, "step": described.step}
+    same = {"metrics": described.names, "level": described.level, "step": described.step}
     shard(store, ShardOptions(**same, **options["shard"] | {"windows": "default"}))
     return figures
 
@@ -603,7 +606,7 @@ def test_the_sensors_of_los_loop_are_joined_as_the_matrix_says(store):
 
 
 def test_the_online_boutique_has_its_calls_hour_by_hour(store):
-    figures = example(store, "online-boutique", "online-boutique-24h", "nodes.csv", "edges.csv")
+    figures = example(store, "online-boutique-24h", "online-boutique-24h", "nodes.csv", "edges.csv")
     made = manifest.load(store, "default")
     assert (made.entities, made.steps, figures["edges"]) == (11, 1441, 14)
     rows = pl.read_csv(DATA / "online-boutique-24h" / "nodes.csv")
