@@ -684,7 +684,7 @@ def test_long_files_may_have_some_of_the_metrics_each(store, table, tmp_path):
     load(store, options)
     assert telemetry(store, "load", "queue length") == [("a", 0, 1, 3), ("a", 300, 2, None)]
     with pytest.raises(InputError, match=r"--metrics depth: no such column in .*load.csv"):
-        load(store, options.model_copy(update={"metrics": ("load", "depth")}))
+        load(store, options.model_copy(update={"metrics": ("load", "queue length", "depth")}))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -160,8 +161,8 @@ def _read_layouts(table: Sequence[ColumnFile], options: TabularOptions) -> tuple
         check_all_metrics(files, options)
         return files, {}
     candidates = {file.name: file.present("time", options.time) for file in table}
-    for file in table:  # a wrong column is told before any row is read
-        Layout.of(file, options, candidates[file.name][0])
+    # Before any row is read, so that a wrong column is told at once.
+    layouts = {file.name: Layout.of(file, options, candidates[file.name][0]) for file in table}
     samples: dict[str, pl.DataFrame] = {}
     empty: InputError | None = None
     for file in table:
@@ -175,7 +176,8 @@ def _read_layouts(table: Sequence[ColumnFile], options: TabularOptions) -> tuple
         raise empty
     start, assumed = int(options.start.timestamp()), options.step or _ASSUMED_STEP
     times = read_times("time", samples, options.time_unit, start, assumed)
-    files = [(one, Layout.of(one, options, times[one.name].column)) for one in table if one.name in times]
+    read = [file for file in table if file.name in times]
+    files = [(file, replace(layouts[file.name], time=times[file.name].column)) for file in read]
     check_all_metrics(files, options)
     return files, times
 
