@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import polars as pl
 import pytest
 from fleetcast.config import parse
 from fleetcast.errors import InputError
-from fleetcast.forecasting.nightly import NightlyOptions, nightly
+from fleetcast.forecasting.nightly import NightlyOptions, _read, nightly
 from fleetcast.store import Store
 from fleetcast.windows import manifest
 
@@ -28,6 +29,18 @@ def write_day(folder: Path, day: int) -> None:
     rows = {"when": np.tile(at, 2), "name": ["web"] * MINUTES + ["db"] * MINUTES}
     load = np.concatenate([web, np.roll(web, 5)])
     pl.DataFrame({**rows, "load (%)": load}).write_csv(folder / f"day-{day}.csv")
+
+
+def test_the_report_names_clocks_that_are_off() -> None:
+    off = {"column": "TimeStamp", "used": "Time"}
+    clocks = [{**off, "file": f"{n}.csv", "offset": 200_000_000} for n in range(5)]
+    assert _read({"rows_read": {"table": 1000}}) == "1,000 rows"
+    assert _read({"rows_read": {"table": 1000}, "clocks": clocks[:1]}) == (
+        "1,000 rows; TimeStamp of 0.csv is off by +200,000,000 s"
+    )
+    assert _read({"rows_read": {"table": 1000}, "clocks": clocks}).endswith(
+        "2.csv is off by +200,000,000 s, and 2 more"
+    )
 
 
 def options(folder: Path) -> NightlyOptions:
@@ -84,6 +97,18 @@ def test_a_job_takes_a_source_or_a_table(job: str, given: list[str]) -> None:
     config: Any = runpy.run_path(str(JOBS / f"{job}.py"))["Config"]
     with pytest.raises(InputError, match=r"expected exactly one of --source and --tabular\.table"):
         parse(config, ["--store", "s", *given])
+
+
+def test_the_mapping_in_the_readme_is_one(tmp_path: Path) -> None:
+    readme = (JOBS.parent / "README.md").read_text()
+    mapping = readme[readme.index("    tabular:\n") :].split("\n\n")[0]
+    (tmp_path / "table.yaml").write_text(textwrap.dedent(mapping))
+    for job in ("nightly", "backtest"):
+        config: Any = runpy.run_path(str(JOBS / f"{job}.py"))["Config"]
+        made = parse(config, ["--store", "s", "--config", str(tmp_path / "table.yaml")])
+        assert made.tabular.names == ("cpu", "request_rate", "latency")
+        assert made.tabular.labels == {"service"}
+        assert made.shard.resolve({}).horizon == 3600
 
 
 @pytest.mark.parametrize("example", ["online-boutique-24h", "online-boutique-nezha"])

@@ -750,18 +750,19 @@ def test_a_wrong_clock_without_another_is_refused(store, table, tmp_path):
         load(store, options)
 
 
-def test_files_of_one_day_each_have_no_wrong_clock(store, table, tmp_path):
+@pytest.mark.parametrize("offset", [0, 8 * 3600])
+def test_files_of_one_day_each_are_read_by_the_same_clock(store, table, tmp_path, offset):
+    """Of two that may be off from each other by the hours of a zone."""
     (tmp_path / "days").mkdir()
     for day in range(3):
-        rows = (
-            f"{ZERO + 86_400 * day + 3600 * h},{go(ZERO + 86_400 * day + 3600 * h)},a,1" for h in range(24)
-        )
-        table(["unix,printed,pod,load", *rows], f"days/{day}.csv")
+        hours = range(ZERO + 86_400 * day, ZERO + 86_400 * (day + 1), 3600)
+        table(["unix,printed,pod,load", *(f"{at},{go(at + offset)},a,1" for at in hours)], f"days/{day}.csv")
     options = TabularOptions(
         table=str(tmp_path / "days"), entity="pod", time=("unix", "printed"), metrics="load"
     )
     figures = load(store, options)
-    assert (figures["clocks"], figures["step"], figures["bins"]) == ([], 3600, 72)
+    assert telemetry(store, "load") == [("a", 3600 * hour, 1) for hour in range(72)]
+    assert [off["offset"] for off in figures["clocks"]] == ([offset] * 3 if offset else [])
 
 
 def test_edges_with_a_wrong_clock_are_read_by_the_one_that_is_near_the_table(store, table):

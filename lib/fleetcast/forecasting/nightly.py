@@ -36,6 +36,8 @@ from fleetcast.windows.manifest import Manifest, ShardOptions
 log = logging.getLogger("fleetcast")
 
 
+#: Wrong clocks that the report names.
+_CLOCKS = 3
 #: Windows of a night: long enough for weekly cycles, and no longer after a year.
 _EIGHT_WEEKS = 8 * 7 * 86_400
 
@@ -129,7 +131,7 @@ def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[s
     stages.run(
         "ingest",
         lambda: load(store, source, options.ingest, options.tabular),
-        lambda f: f"{sum(f['rows_read'].values()):,} rows",
+        _read,
     )
     stages.run(
         "shard",
@@ -169,6 +171,16 @@ def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[s
         **{name: stages.figures["shard"][name] for name in ("entities", "windows")},
         **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
     }
+
+
+def _read(figures: dict[str, Any]) -> str:
+    """What ingest read, and clocks that it did not believe."""
+    off = [
+        f"{one['column']} of {one['file']} is off by {one['offset']:+,} s"
+        for one in figures.get("clocks", ())
+    ]
+    more = f", and {len(off) - _CLOCKS} more" if len(off) > _CLOCKS else ""
+    return "; ".join([f"{sum(figures['rows_read'].values()):,} rows", *off[:_CLOCKS]]) + more
 
 
 def _kept(store: Store, options: NightlyOptions) -> dict[str, Any] | None:

@@ -142,20 +142,22 @@ def _believed(
     first = next(iter(mine))
     gap = median_gap(read[first].drop_nulls().to_numpy()) or 0.0
     agree = max(_AGREE, gap / 2)
-    rest = [list(of.values()) for name, of in middles.items() if name != file] + [[at] for at in others]
+    rest = [of for name, of in middles.items() if name != file] + [{"": at} for at in others]
 
     def distance(name: str) -> float:
-        """From the other files: the median over them of that from their nearest column."""
+        """From the other files: the median over them of that from the same column, or from their nearest."""
         if not rest:
             return 0.0
-        return float(np.median([min(abs(at - mine[name]) for at in of) for of in rest]))
+        near = [[of[name]] if name in of else of.values() for of in rest]
+        return float(np.median([min(abs(at - mine[name]) for at in of) for of in near]))
 
     used, best = first, distance(first)
     for name in mine:
         if best - distance(name) > agree:
             used, best = name, distance(name)
     if len(rest) > 1:
-        apart = max(_DAY, max(map(max, rest)) - min(map(min, rest)))
+        every = [at for of in rest for at in of.values()]
+        apart = max(_DAY, max(every) - min(every))
         if best > _ALONE * apart:
             raise InputError(
                 f"--{option} {used}: the times of {file} are some {best:,.0f} s from those of all others, "

@@ -48,6 +48,10 @@ class FifthGrid(LevelGrid):
         """`Lowest fifth`."""
         return FIFTHS[value]
 
+    def tick(self, value: float) -> str:
+        """In two lines."""
+        return self.point(value).replace(" ", "\n")
+
 
 #: The study of concurrency where the levels are quantiles.
 FIFTHS_GRID = "concurrency-quantiles"
