@@ -134,7 +134,8 @@ def _ingest(raw: Path, root: Path, repetition: int) -> Result:
     figures = job.ingest(store, str(raw), IngestOptions(step=_STEP))
     # Dependencies are not binning, and no rival makes them.
     seconds = time.perf_counter() - started - figures["stage_seconds"]["dependencies"]
-    sums = _sums(f"{store.root}/telemetry", f"{store.root}/{PARTS}/machine")  # telemetry keeps no counts
+    parts = pl.scan_ipc(f"{store.root}/{PARTS}/machine/*.arrow")  # telemetry keeps no counts
+    sums = _sums(pl.scan_parquet(f"{store.root}/telemetry/**/*.parquet"), parts)
     result = Result(seconds, figures["peak_bytes"], sums)
     shutil.rmtree(store.root)
     return result
@@ -149,7 +150,8 @@ def _apart(rival: Rival, raw: Path, out: Path, threads: int, repetition: int) ->
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as process:
         seconds, peak = process.submit(_timed, rival, raw, out, threads).result()
-    result = Result(seconds, peak, _sums(f"{out}", f"{out}"))
+    bins = pl.scan_parquet(f"{out}/**/*.parquet")
+    result = Result(seconds, peak, _sums(bins, bins))
     shutil.rmtree(out)
     return result
 
@@ -211,15 +213,13 @@ def _duckdb(raw: Path, out: Path, threads: int) -> None:
         )
 
 
-def _sums(bins: str, counts: str) -> dict[str, float]:
-    """Bins, samples, and the sum of every column, of the Parquet files below two folders."""
+def _sums(bins: pl.LazyFrame, counts: pl.LazyFrame) -> dict[str, float]:
+    """Bins, samples, and the sum of every column."""
     means = [name for metric in _METRICS for name in (metric, f"{metric}_max")]
-    read = pl.scan_parquet(f"{bins}/**/*.parquet").select(
+    read = bins.select(
         pl.len().alias("bins"), pl.col("samples").cast(pl.Int64).sum(), pl.col(means).cast(pl.Float64).sum()
     )
-    valid = pl.scan_parquet(f"{counts}/**/*.parquet").select(
-        pl.col(f"{metric}_count").cast(pl.Int64).sum() for metric in _METRICS
-    )
+    valid = counts.select(pl.col(f"{metric}_count").cast(pl.Int64).sum() for metric in _METRICS)
     return read.collect().row(0, named=True) | valid.collect().row(0, named=True)
 
 

@@ -21,7 +21,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +46,8 @@ ACCEPTED = "ingested/manifest.json"
 _KEY_BYTES = 1 << 20
 #: A table that is smaller is read from an object store by one request [bytes].
 _AT_ONCE = 2 << 20
+#: Files of an object store that are read at once: it answers late, but many at a time.
+_CONNECTIONS = 16
 #: A disk on which less is free is full [bytes].
 _NO_ROOM = 1 << 16
 
@@ -259,6 +263,31 @@ class Store:
         """One Parquet file, whole or not at all."""
         with self.write(relative) as file:
             pq.write_table(table, file, compression="zstd", row_group_size=1 << 18)
+
+    def write_row_groups(self, relative: str, table: pa.Table, starts: Sequence[int]) -> None:
+        """One file with the rows of a table in groups, each from its start to the next one's, of which
+        `read_row_groups` finds each by its number; whole or not at all.
+
+        It is Arrow's file format: to find one group of thousands costs next to nothing, where Parquet would
+        have each reader parse the figures of all of them.
+        """
+        whole = table.combine_chunks()  # a group is one record batch
+        options = pa.ipc.IpcWriteOptions(compression="lz4")
+        with self.write(relative) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+            for low, high in pairwise([*starts, len(table)]):
+                writer.write_table(whole.slice(low, high - low))
+
+    def read_row_groups(self, groups: Sequence[tuple[str, int]]) -> pa.Table:
+        """The rows of groups, each named by its file and number there, in their order; of one or more."""
+
+        def read(group: tuple[str, int]) -> pa.RecordBatch:
+            with self.arrow_fs.open_input_file(self.path(group[0])) as file:
+                return pa.ipc.open_file(file).get_batch(group[1])
+
+        if self.local:
+            return pa.Table.from_batches(map(read, groups))
+        with ThreadPoolExecutor(_CONNECTIONS) as threads:
+            return pa.Table.from_batches(threads.map(read, groups))
 
     # -- folders -------------------------------------------------------------------------------------------
 

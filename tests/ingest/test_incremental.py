@@ -80,6 +80,13 @@ class Cluster:
         """What the last night has read: `raw/…` and `store/…`."""
         return {re.sub(r"^(recorded:/*)?/?\d+/", "", path) for path in recorded.read()}
 
+    def shares_read(self) -> set[tuple[str, str]]:
+        """The product, and the raw file that it came of, of the parts that the last night has read."""
+        state = self.store.read_json("ingested/manifest.json")
+        names = {file["key"]: file["uri"].rsplit("/", 1)[-1] for file in state["files"]}
+        raw = {f"store/{part}": names[key] for key, read in state["read"].items() for part in read["parts"]}
+        return {(path.split("/")[3], raw[path]) for path in self.read() if part(path)}
+
 
 def contents(store: Store) -> dict[str, bytes]:
     """Every file that others read: telemetry, entities, dependencies, windows and their manifests."""
@@ -112,15 +119,28 @@ def test_a_night_opens_no_raw_file_again(cluster):
 
 def test_a_night_reads_the_parts_of_the_days_that_it_adds_to(cluster):
     """A job may run past midnight, so of the day before its jobs are read too."""
-    days = {(path.split("/")[3], path.split("/")[4]) for path in cluster.read() if part(path)}
-    new, before = date(11), date(10)
-    described = {("entities", "all")}
-    assert days - described == {
-        *((product, new) for product in ("machine", "container", "hosted", "tasks", "instances")),
-        *((product, before) for product in ("tasks", "instances")),
+    new, before = "-011.csv", "-010.csv"
+    assert cluster.shares_read() == {
+        ("machine", f"machine_usage{new}"),
+        ("container", f"container_usage{new}"),
+        ("hosted", f"container_meta{new}"),
+        *(("tasks", f"batch_task{day}") for day in (before, new)),
+        *(("instances", f"batch_instance{day}") for day in (before, new)),
+        *(("entities", f"{table}{new}") for table in ("machine_usage", "container_usage", "container_meta")),
     }
-    entities = [path for path in cluster.read() if part(path) and "/entities/" in path]
-    assert len(entities) == 3, "those that the three new files with entities have written"
+
+
+def test_a_raw_file_leaves_as_many_files_as_it_has_products_however_many_days_it_is_of(tasks):
+    """So what a row costs does not grow with the length of the trace."""
+    cluster = Cluster().pass_days(9)
+    with cluster.raw.write("machine_usage-all.csv") as file:
+        file.write("".join(f"m_7,{day * DAY},50,50,,,,,\n" for day in range(9)).encode())
+    cluster.night()
+    state = cluster.store.read_json("ingested/manifest.json")
+    key = next(file["key"] for file in state["files"] if file["uri"].endswith("-all.csv"))
+    assert sorted(path.split("/")[2] for path in state["read"][key]["parts"]) == ["entities", "machine"]
+    days = {str(np.datetime64("2018-01-01") + day) for day in range(9)}
+    assert {place.split("/")[1] for place in state["read"][key]["places"]} == days | {"all"}
 
 
 def test_a_night_reads_one_receipt_of_everything_that_was_there(cluster):
@@ -128,7 +148,7 @@ def test_a_night_reads_one_receipt_of_everything_that_was_there(cluster):
     known = {re.sub("[0-9a-f]{16}", "…", path) for path in state if "/chunks/" not in path}
     assert known == {
         "store/ingested/manifest.json",
-        "store/ingested/entities/….parquet",
+        "store/ingested/entities/….arrow",
         "store/ingested/outputs/telemetry.json",
         "store/ingested/outputs/entities.json",
         "store/ingested/outputs/dependencies.json",
@@ -186,8 +206,8 @@ def test_a_file_that_is_gone_stays_and_one_that_is_replaced_takes_its_rows_along
         file.write(b"m_0,432000,50,50,,,,,\n")
     figures = cluster.night()
     assert figures["rows_read"]["machine_usage"] == 11 * 24 * MACHINES + 1
-    days = {path.split("/")[4] for path in cluster.read() if part(path) and "/machine/" in path}
-    assert days == {date(5)}
+    machines = {raw for product, raw in cluster.shares_read() if product == "machine"}
+    assert machines == {"machine_usage-005.csv"}
 
     fresh = Cluster().pass_days(12)
     with fresh.raw.write("machine_usage-005.csv") as file:

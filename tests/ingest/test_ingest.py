@@ -486,7 +486,7 @@ def test_compressed_raw_rows_count_five_times(tmp_path, put, ingested, monkeypat
 def test_what_an_earlier_version_has_ingested_is_refused(raw, tmp_path, ingested):
     store, _ = ingested(raw, tmp_path / "store")
     state = store.read_json("ingested/manifest.json")
-    del state["read"]
+    del state["format"]
     store.write_json("ingested/manifest.json", state)
     with pytest.raises(InputError, match="was ingested by an earlier version; ingest into another store"):
         ingested(raw, tmp_path / "store")

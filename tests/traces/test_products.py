@@ -68,7 +68,7 @@ def test_repeated_tasks_are_held_once_with_their_lists():
     assert tasks.select("task_name", "upstream").rows() == [("J3_1_2", [1, 2]), ("M1", [])]
 
 
-def test_rows_go_to_the_folder_of_their_date_and_of_their_keys_bucket():
+def test_rows_go_to_the_place_of_their_date_and_of_their_keys_bucket():
     frame = pl.DataFrame(
         {
             "entity": ["m_1", "m_2", "m_1"],
@@ -76,20 +76,15 @@ def test_rows_go_to_the_folder_of_their_date_and_of_their_keys_bucket():
         },
         schema_overrides={"time": pl.Datetime("ms")},
     )
-    one = partitions("machine", frame, buckets=1)
-    assert {folder: len(rows) for folder, rows in one.items()} == {
-        "date=2018-01-01/bucket=00": 1,
-        "date=2018-01-02/bucket=00": 2,
-    }
-    many = partitions("machine", frame, buckets=50)
+    mixed = frame[::-1]
+    rows, starts = partitions("machine", mixed, buckets=1)
+    assert starts == {"2018-01-01/00": 0, "2018-01-02/00": 1}
+    assert rows.equals(pl.concat([frame[:1], mixed[:2]]))
+    rows, starts = partitions("machine", mixed, buckets=50)
     # crc32 of the name, which no machine, version or seed changes
-    assert set(many) == {
-        "date=2018-01-01/bucket=14",
-        "date=2018-01-02/bucket=14",
-        "date=2018-01-02/bucket=22",
-    }
-    assert pl.concat(many.values()).sort("time", "entity").equals(frame.sort("time", "entity"))
-    assert list(partitions("entities", frame, buckets=50)) == ["all"]
+    assert starts == {"2018-01-01/14": 0, "2018-01-02/14": 1, "2018-01-02/22": 2}
+    assert rows.equals(frame[[0, 2, 1]])
+    assert partitions("entities", frame, buckets=50)[1] == {"all": 0}
 
 
 def test_telemetry_is_mean_and_maximum_in_our_units_with_null_for_no_value():

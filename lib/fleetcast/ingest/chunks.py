@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import polars as pl
@@ -29,24 +28,6 @@ def binning(options: IngestOptions) -> Binning:
 def reading_of(path: str) -> str:
     """The reading (`Chunk.reading`) that a part, or a file of rejected rows, came of."""
     return "-".join(path.rsplit("/", 1)[-1].split("-")[:2])
-
-
-def parts_of(store: Store, product: str, place: str, readings: Mapping[str, int]) -> list[str]:
-    """The parts of a product below `date=…` or `date=…/bucket=…` that came of some readings, each of which
-    has so many there. Others may lie there, of files that were replaced or of runs that died.
-
-    Raises InputError if one has another number of parts: rows would be missing.
-    """
-    folder = f"{PARTS}/{product}/{place}"
-    found = [path for path in store.list(folder, ".parquet") if reading_of(path) in readings]
-    there = Counter(map(reading_of, found))
-    for reading, count in readings.items():
-        if there[reading] != count:
-            raise InputError(
-                f"{store.uri}/{folder}: {there[reading]} parts of {reading}, expected {count}; "
-                "some were lost since they were written"
-            )
-    return found
 
 
 def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str, Any]:
@@ -87,22 +68,8 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
         "bytes": size,
         "rejected": dict(reasons),
         "nulled": dict(nulled),
-        **_written(writer),
+        "places": writer.places,
+        "partial": dict(writer.rows),
     }
     store.write_json(receipt_file, receipt)
     return receipt
-
-
-def _written(writer: PartWriter) -> dict[str, Any]:
-    """How many parts, and rows in them, are in each of the `places` that have a date, and the names of the
-    `whole` others."""
-    places: dict[str, int] = {}
-    whole: list[str] = []
-    for folder, count in sorted(writer.written.items()):
-        if folder.startswith(f"{PARTS}/"):
-            if "/date=" in folder:
-                places[folder.removeprefix(f"{PARTS}/")] = count
-            else:
-                whole += [f"{folder}/{writer.id}-{number:03d}.parquet" for number in range(count)]
-    rows = {place: writer.rows[f"{PARTS}/{place}"] for place in places}
-    return {"places": places, "partial": rows, "whole": whole}

@@ -4,7 +4,7 @@ its services, slice by slice."""
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,10 +12,10 @@ import polars as pl
 
 from fleetcast import schemas
 from fleetcast.graphs import batch_jobs, colocation, correlation, dependencies, sparsify
-from fleetcast.ingest.chunks import parts_of
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
-from fleetcast.traces.parts import read_parts
+from fleetcast.traces.parts import Parts, read_parts
+from fleetcast.traces.products import PRODUCTS
 
 #: What tells which of a container's rows is the last.
 _ORDER = ("container", "start", "running", "machine", "service")
@@ -24,21 +24,26 @@ _ORDER = ("container", "start", "running", "machine", "service")
 def place_containers(store: Store, folder: str, days: list[dict[str, Any]], before: str | None) -> list[str]:
     """Day after day, the rows that say where containers ran on it: `<folder>/date=….parquet`.
 
-    These are the rows of the day (`days` has each `day` and the number of parts of its `readings`) and, of
-    each container, the last one before it; `before` is the day whose file says that of the first. So no day
-    needs more than its own rows and the day before. Returns a digest of what each file says.
+    These are the rows of the day (`days` has each `day` and, by bucket, its `parts`) and, of each container,
+    the last one before it; `before` is the day whose file says that of the first. So no day needs more than
+    its own rows and the day before. Returns a digest of what each file says.
     """
     held = None if before is None else _ended(_placed(store, folder, before))
     digests = []
     for item in days:
-        parts = parts_of(store, "hosted", f"date={item['day']}", item["readings"])
-        frames = [rows for rows in (held, read_parts(store, "hosted", parts)) if rows is not None]
+        frames = [rows for rows in (held, _of_day(store, "hosted", item["parts"])) if rows is not None]
         rows = pl.concat([frame.select(_ORDER) for frame in frames]).unique().sort(_ORDER)
         with store.write(f"{folder}/date={item['day']}.parquet") as file:
             rows.write_parquet(file, compression="zstd")
         digests.append(hashlib.blake2b(rows.write_csv().encode(), digest_size=8).hexdigest())
         held = _ended(rows)
     return digests
+
+
+def _of_day(store: Store, product: str, buckets: Mapping[str, Parts]) -> pl.DataFrame | None:
+    """The merged rows of a product that is merged within each of a day's buckets; None if there are none."""
+    frames = [read_parts(store, product, parts) for _, parts in sorted(buckets.items())]
+    return pl.concat([rows for rows in frames if rows is not None]) if frames else None
 
 
 def _placed(store: Store, folder: str, day: str) -> pl.DataFrame:
@@ -69,12 +74,18 @@ def combine_dependencies(
 
 def combine_calls(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:
     """Calls → dependencies between services of `item["day"]`."""
-    calls = read_parts(store, "calls", parts_of(store, "calls", f"date={item['day']}", item["calls"]))
+    calls = _of_day(store, "calls", item["calls"])
     assert calls is not None, "a day is only planned where there are parts"
     found = sparsify.strongest(dependencies.of_kind("call", calls.lazy()), options.neighbours)
     edges = found.sort("time", "kind", "target", "source")
     store.write_table(item["target"], edges.to_arrow().cast(schemas.DEPENDENCIES))
     return {"edges": {"call": len(edges)}}
+
+
+def _near(store: Store, product: str, days: list[Parts]) -> pl.DataFrame | None:
+    """The rows of one bucket of neighbouring days, merged; None if there are none."""
+    frames = [rows for parts in days if (rows := read_parts(store, product, parts)) is not None]
+    return PRODUCTS[product].merge(pl.concat(frames)) if frames else None
 
 
 def _none() -> pl.DataFrame:
@@ -83,15 +94,12 @@ def _none() -> pl.DataFrame:
 
 def _batch(store: Store, item: dict[str, Any], day: datetime) -> pl.DataFrame:
     """Bucket by bucket: a job's records are all in one."""
-    buckets: dict[str, dict[str, list[str]]] = defaultdict(lambda: {"tasks": [], "instances": []})
-    for product in ("tasks", "instances"):
-        for near, readings in item[product].items():
-            for part in parts_of(store, product, f"date={near}", readings):
-                buckets[part.split("/")[-2]][product].append(part)
     found = []
-    for bucket in buckets.values():
-        tasks = read_parts(store, "tasks", bucket["tasks"])
-        instances = read_parts(store, "instances", bucket["instances"])
+    for bucket in sorted({bucket for buckets in item["instances"].values() for bucket in buckets}):
+        tasks, instances = (
+            _near(store, product, [buckets.get(bucket, {}) for buckets in item[product].values()])
+            for product in ("tasks", "instances")
+        )
         if tasks is not None and instances is not None:
             edges, _ = batch_jobs.edges(tasks, instances, since=day)
             found.append(edges.filter(pl.col("time") < day + timedelta(days=1)))

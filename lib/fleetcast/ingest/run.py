@@ -20,7 +20,7 @@ from fleetcast import memory
 from fleetcast.config import Options
 from fleetcast.errors import InputError
 from fleetcast.ingest.archives import drop_other_indexes, index_archives
-from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk, parts_of, reading_of
+from fleetcast.ingest.chunks import PARTS, RECEIPTS, ingest_chunk, reading_of
 from fleetcast.ingest.dependencies import combine_calls, combine_dependencies, place_containers
 from fleetcast.ingest.files import BLOCK_BYTES, Chunk, RawFile, chunks, discover
 from fleetcast.ingest.make import make
@@ -29,7 +29,7 @@ from fleetcast.ingest.pull import is_server, pull
 from fleetcast.runtime import spread
 from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces import TRACES
-from fleetcast.traces.parts import FLUSH_ROWS, combine_entities, combine_telemetry, merge_parts
+from fleetcast.traces.parts import FLUSH_ROWS, by_place, combine_entities, combine_telemetry, merge_parts
 from fleetcast.traces.products import TELEMETRY
 
 log = logging.getLogger("fleetcast")
@@ -38,6 +38,10 @@ log = logging.getLogger("fleetcast")
 _OUTPUTS = "ingested/outputs"
 _PLACEMENTS = "ingested/placements"
 _ENTITIES = "ingested/entities"
+#: The place of all that describes entities.
+_DESCRIBED = "entities/all"
+#: Of what is remembered.
+_FORMAT = 4
 #: Options that the whole store shares; the others may change from run to run.
 _SETTINGS = ("trace", "start", "step", "slice", "neighbours", "buckets")
 #: Raw rows for which a new store gets one more bucket [bytes], and how much larger than a compressed file
@@ -45,7 +49,7 @@ _SETTINGS = ("trace", "start", "step", "slice", "neighbours", "buckets")
 _BUCKET_BYTES = 5 * 10**9
 _PACKED = 5
 
-#: Product → day → bucket → how many parts the readings (`Chunk.reading`) with rows there have.
+#: Product → day → bucket → the parts there: file → number of the row group.
 Days = dict[str, dict[str, dict[str, dict[str, int]]]]
 
 
@@ -58,17 +62,22 @@ class Read(Options):
     bytes: int
     rejected: dict[str, int]
     nulled: dict[str, int]
-    places: dict[str, int]
-    """`product/date=…/bucket=…` → how many parts are there."""
+    places: tuple[str, ...]
+    """`product/day/bucket` where it has partial rows, and `entities/all`."""
     largest: dict[str, int]
     """Product → the most partial rows in one of those places."""
-    whole: tuple[str, ...]
-    """Parts that describe entities."""
+    parts: dict[str, tuple[int, ...]]
+    """File of parts → of each row group, which of the places it is of."""
+
+    def by_place(self) -> dict[str, dict[str, int]]:
+        """The parts of each place."""
+        return by_place({file: [self.places[i] for i in those] for file, those in self.parts.items()})
 
 
 class Accepted(Options):
     """`ingested/manifest.json`: of which raw files, in which settings, the telemetry is made."""
 
+    format: int = _FORMAT
     settings: dict[str, Any]
     files: tuple[RawFile, ...] = ()
     read: dict[str, Read] = Field(default_factory=dict)
@@ -201,7 +210,7 @@ def _accepted(store: Store, options: IngestOptions) -> tuple[Accepted, IngestOpt
         options = options.model_copy(update={"buckets": had.get("buckets")})
     settings = _settings(options)
     if had == settings:
-        if saved["files"] and "read" not in saved:
+        if saved["files"] and saved.get("format") != _FORMAT:
             raise InputError(f"{store.uri}: was ingested by an earlier version; ingest into another store")
         return Accepted(**saved), options
     if saved.get("files"):
@@ -246,22 +255,25 @@ def _by_file(pieces: list[Chunk], receipts: list[dict[str, Any]]) -> dict[str, R
                 "bytes": 0,
                 "rejected": Counter(),
                 "nulled": Counter(),
-                "places": Counter(),
+                "parts": {},
                 "partial": Counter(),
-                "whole": [],
             },
         )
         for name in ("rows", "bytes"):
             total[name] += receipt[name]
-        for name in ("rejected", "nulled", "places", "partial"):
+        for name in ("rejected", "nulled", "partial"):
             total[name].update(receipt[name])
-        total["whole"] += receipt["whole"]
+        total["parts"] |= receipt["places"]
     for total in found.values():
         largest: dict[str, int] = {}
         total["largest"] = largest
-        for place, rows in total.pop("partial").items():
+        partial = total.pop("partial")
+        for place, rows in partial.items():
             product = place.split("/")[0]
             largest[product] = max(rows, largest.get(product, 0))
+        total["places"] = sorted(partial)
+        index = {place: i for i, place in enumerate(total["places"])}
+        total["parts"] = {file: [index[place] for place in those] for file, those in total["parts"].items()}
     return {key: Read(**total) for key, total in found.items()}
 
 
@@ -269,34 +281,22 @@ def _days(state: Accepted) -> Days:
     """Where the accepted files have rows."""
     days: Days = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for read in sorted(state.read.values(), key=lambda read: read.reading):
-        for place, count in read.places.items():
-            product, day, bucket = place.split("/")
-            days[product][day.removeprefix("date=")][bucket][read.reading] = count
+        for place, parts in read.by_place().items():
+            if place != _DESCRIBED:
+                product, day, bucket = place.split("/")
+                days[product][day][bucket].update(parts)
     return days
-
-
-def _of_day(days: Days, product: str, day: str) -> dict[str, int]:
-    """How many parts each reading has in all buckets of a day."""
-    total: Counter[str] = Counter()
-    for readings in days[product].get(day, {}).values():
-        total.update(readings)
-    return dict(total)
 
 
 def _forget_lost(store: Store, state: Accepted) -> bool:
     """Takes back the acceptance of files whose parts are not all there; whether there were any."""
-    expected = {
-        (read.reading, place): count for read in state.read.values() for place, count in read.places.items()
-    }
-    there = Counter(
-        (reading_of(path), path.removeprefix(f"{PARTS}/").rsplit("/", 1)[0]) for path in store.list(PARTS)
-    )
-    lost = {reading for (reading, place), count in expected.items() if there[reading, place] != count}
+    there = set(store.list(PARTS))
+    whole = {key: read for key, read in state.read.items() if there.issuperset(read.parts)}
+    lost = len(whole) < len(state.read)
     if lost:
-        whole = {key: read for key, read in state.read.items() if read.reading not in lost}
         _write(store, state.model_copy(update={"read": whole}))
         store.remove(RECEIPTS)
-    return bool(lost)
+    return lost
 
 
 # -- the map side ----------------------------------------------------------------------------------------
@@ -352,17 +352,19 @@ def _merge_entities(store: Store, accepted: Accepted, state: Accepted) -> str | 
         return accepted.entities
     added = [key for key in state.read if key not in accepted.read]
     grown = accepted.entities is not None and accepted.read.keys() <= state.read.keys()
-    parts = [part for key in (added if grown else state.read) for part in state.read[key].whole]
+    parts: dict[str, int] = {}
+    for key in added if grown else state.read:
+        parts |= state.read[key].by_place().get(_DESCRIBED, {})
     if grown:
-        parts.append(str(accepted.entities))
+        parts[str(accepted.entities)] = 0
     if not parts:
         return None
-    target = f"{_ENTITIES}/{fingerprint(sorted(state.read))}.parquet"
+    target = f"{_ENTITIES}/{fingerprint(sorted(state.read))}.arrow"
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
         return merge_parts(store, "entities", item["parts"], item["target"])
 
-    spread([{"parts": sorted(parts), "target": target}], work, "ingest: entities of the new files")
+    spread([{"parts": parts, "target": target}], work, "ingest: entities of the new files")
     return target
 
 
@@ -375,9 +377,9 @@ def _rows(state: Accepted, days: Days, *products: str) -> int:
     return sum(
         max(
             (
-                sum(largest[reading].get(product, 0) for reading in readings)
+                sum(largest[reading].get(product, 0) for reading in set(map(reading_of, parts)))
                 for buckets in days[product].values()
-                for readings in buckets.values()
+                for parts in buckets.values()
             ),
             default=0,
         )
@@ -391,19 +393,14 @@ def _build_telemetry(
     """Builds the days that are stale; returns the receipts of all, by path."""
     metrics = TRACES[options.trace].metrics
     plan = {
-        f"telemetry/date={day}/{kind}-{bucket.removeprefix('bucket=')}.parquet": {
-            "kind": kind,
-            "place": f"date={day}/{bucket}",
-            "readings": readings,
-        }
+        f"telemetry/date={day}/{kind}-{bucket}.parquet": {"kind": kind, "parts": parts}
         for kind in TELEMETRY
         for day, buckets in sorted(days[kind].items())
-        for bucket, readings in sorted(buckets.items())
+        for bucket, parts in sorted(buckets.items())
     }
 
     def work(item: dict[str, Any]) -> dict[str, Any]:
-        parts = parts_of(store, item["kind"], item["place"], item["readings"])
-        return combine_telemetry(store, item["kind"], parts, item["target"], metrics)
+        return combine_telemetry(store, item["kind"], item["parts"], item["target"], metrics)
 
     room = memory.merging(max(_rows(state, days, kind) for kind in TELEMETRY), FLUSH_ROWS)
     return make(store, plan, work, f"{_OUTPUTS}/telemetry", "ingest: days", room)
@@ -415,7 +412,7 @@ def _build_entities(store: Store, options: IngestOptions, described: str | None)
     def work(item: dict[str, Any]) -> dict[str, Any]:
         return combine_entities(store, item["parts"], item["target"], int(options.start.timestamp()))
 
-    plan = {} if described is None else {"entities/entities.parquet": {"parts": [described]}}
+    plan = {} if described is None else {"entities/entities.parquet": {"parts": {described: 0}}}
     make(store, plan, work, f"{_OUTPUTS}/entities", "ingest: entities")
 
 
@@ -449,7 +446,7 @@ def _place_containers(store: Store, days: Days) -> dict[str, str]:
     digest = ""
     for day in sorted({*days["hosted"], *days["machine"]}):
         if first <= day <= last:
-            plan[day] = digest = fingerprint([digest, _of_day(days, "hosted", day)])
+            plan[day] = digest = fingerprint([digest, days["hosted"].get(day)])
     saved: dict[str, list[str]] = store.read_json(f"{_PLACEMENTS}.json") or {}
     current = [day for day in plan if day in saved and saved[day][0] == plan[day]]
     if len(current) == len(plan) == len(saved):
@@ -459,7 +456,7 @@ def _place_containers(store: Store, days: Days) -> dict[str, str]:
     store.write_json(f"{_PLACEMENTS}.json", known)  # what follows is not whole until it is written again
     stale = [day for day in plan if day not in known]
     item = {
-        "days": [{"day": day, "readings": _of_day(days, "hosted", day)} for day in stale],
+        "days": [{"day": day, "parts": days["hosted"].get(day, {})} for day in stale],
         "before": max(known, default=None),
     }
 
@@ -491,9 +488,7 @@ def _dependency_plan(
     for day in sorted(machines):
         yesterday = str(date.fromisoformat(day) - timedelta(days=1))
         recent = {
-            product: {
-                near: _of_day(days, product, near) for near in (yesterday, day) if near in days[product]
-            }
+            product: {near: days[product][near] for near in (yesterday, day) if near in days[product]}
             for product in ("tasks", "instances")
         }
         item: dict[str, Any] = {"day": day, **recent, "placed": placed.get(day), "telemetry": []}
@@ -502,7 +497,7 @@ def _dependency_plan(
             item["inputs"] = [telemetry[path]["inputs"] for path in item["telemetry"]]
         plan[f"dependencies/date={day}/machine.parquet"] = item
     for day in sorted(days["calls"]):
-        calls = {"day": day, "calls": _of_day(days, "calls", day)}
+        calls = {"day": day, "calls": days["calls"][day]}
         plan[f"dependencies/date={day}/service.parquet"] = calls
     return plan
 

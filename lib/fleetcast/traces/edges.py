@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from fleetcast.store import Store, fingerprint
 from fleetcast.traces.clock import Clock, Times, read_times
 from fleetcast.traces.columns import Batch, ColumnFile, finite, reject, texts
 from fleetcast.traces.mapping import TabularOptions
-from fleetcast.traces.parts import PartWriter, read_parts
+from fleetcast.traces.parts import Parts, PartWriter, by_place, read_parts
 
 log = logging.getLogger("fleetcast")
 
@@ -158,6 +158,7 @@ class Graph:
         if no edge can be used.
         """
         rows = 0
+        places: dict[str, list[str]] = {}
         reasons: Counter[str] = Counter()
         pairs = pl.DataFrame(schema={"source": pl.String, "target": pl.String, "weight": pl.Float64})
         for one in self.files:
@@ -174,13 +175,14 @@ class Graph:
                 both = pl.concat([pairs, usable.drop("time")])
                 pairs = both.group_by("source", "target", maintain_order=True).agg(pl.col("weight").sum())
             writer.flush()
+            places |= writer.places
         if pairs.is_empty():
             why = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(reasons.items())) or "no rows"
             raise InputError(
                 f"--edges {self.given}: has no usable edge ({why}), expected positive weights between "
                 f"entities such as {', '.join(names[:3])}"
             )
-        for day, edges in self._days(store, work, pairs, span):
+        for day, edges in self._days(store, by_place(places), pairs, span):
             _write(store, f"{work}/dependencies/{day}/{level}.parquet", edges)
         return Loaded(len(pairs), rows, dict(sorted(reasons.items())))
 
@@ -205,20 +207,17 @@ class Graph:
             yield usable, len(edges) + len(raw.broken), rejected
 
     def _days(
-        self, store: Store, work: str, pairs: pl.DataFrame, span: Mapping[str, int]
+        self, store: Store, timed: Mapping[str, Parts], pairs: pl.DataFrame, span: Mapping[str, int]
     ) -> Iterator[tuple[str, pl.DataFrame]]:
         if not self._timed:
             for start in range(span["first"] // _DAY * _DAY - _DAY, span["last"] + 1, _DAY):
                 time = pl.Series([1000 * start]).cast(_TIME)
                 yield f"date={time.dt.date()[0]}", pairs.with_columns(time=pl.lit(time[0], time.dtype))
             return
-        days: dict[str, list[str]] = defaultdict(list)
-        for path in store.list(f"{work}/parts/calls"):
-            days[path.split("/")[-3]].append(path)
-        for day, parts in days.items():
+        for place, parts in timed.items():
             edges = read_parts(store, "calls", parts)
-            assert edges is not None, "a day has parts"
-            yield day, edges
+            assert edges is not None, "a place has parts"
+            yield f"date={place.split('/')[1]}", edges
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import polars as pl
 
 from fleetcast import schemas
+from fleetcast.errors import InputError
 from fleetcast.store import Store
 from fleetcast.traces.products import PRODUCTS, last_known, partitions, telemetry
 
 #: Partial rows that a writer holds before it merges and writes them.
 FLUSH_ROWS = 400_000
+#: Parts that are read before they are merged.
+_AT_ONCE = 64
+
+#: Where the partial rows of a product and place are: file → the number of its row group there.
+Parts = Mapping[str, int]
 
 
 class PartWriter:
@@ -36,10 +43,11 @@ class PartWriter:
         self.flush_rows = flush_rows
         self.pending: dict[str, list[pl.DataFrame]] = {}
         self.held = 0
-        self.written: Counter[str] = Counter()
-        """Files in each folder."""
+        self.places: dict[str, list[str]] = {}
+        """Of each file of parts, the place of each of its row groups: `machine/2018-01-02/03`."""
         self.rows: Counter[str] = Counter()
-        """Partial rows in each folder."""
+        """Partial rows of each place."""
+        self._written: Counter[str] = Counter()
 
     def add(self, product: str, frame: pl.DataFrame) -> None:
         """Takes partial rows of a product."""
@@ -52,11 +60,14 @@ class PartWriter:
         """Writes everything held."""
         for product, frames in self.pending.items():
             merged = PRODUCTS[product].merge(pl.concat(frames))
-            for place, rows in partitions(product, merged, self.buckets).items():
-                folder = f"{self.parts}/{product}/{place}"
-                self.rows[folder] += len(rows)
-                with self.store.write(self._name(folder)) as file:
-                    rows.write_parquet(file, compression="lz4")
+            rows, starts = partitions(product, merged, self.buckets)
+            name = self._name(f"{self.parts}/{product}", "arrow")
+            self.store.write_row_groups(name, rows.to_arrow(), list(starts.values()))
+            self.places[name] = [f"{product}/{place}" for place in starts]
+            for place, (low, high) in zip(
+                self.places[name], pairwise([*starts.values(), len(rows)]), strict=True
+            ):
+                self.rows[place] += high - low
         self.pending.clear()
         self.held = 0
 
@@ -69,25 +80,41 @@ class PartWriter:
             reason="reason",
             line="line",
         )
-        name = self._name(f"{self.rejected}/{self.table}")
+        name = self._name(f"{self.rejected}/{self.table}", "parquet")
         self.store.write_table(name, rows.to_arrow().cast(schemas.REJECTED))
 
-    def _name(self, folder: str) -> str:
-        name = f"{folder}/{self.id}-{self.written[folder]:03d}.parquet"
-        self.written[folder] += 1
+    def _name(self, folder: str, suffix: str) -> str:
+        name = f"{folder}/{self.id}-{self._written[folder]:03d}.{suffix}"
+        self._written[folder] += 1
         return name
 
 
-def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | None:
+def by_place(places: Mapping[str, Iterable[str]]) -> dict[str, dict[str, int]]:
+    """The places of files' row groups, as a writer has them → the parts of each place."""
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for file, those in places.items():
+        for number, place in enumerate(those):
+            found[place][file] = number
+    return dict(found)
+
+
+def read_parts(store: Store, product: str, parts: Parts) -> pl.DataFrame | None:
     """The merged rows of some parts, or None if there are none. Parts come in the order of their names, so
     sums of floats are the same whichever task wrote its part first. No more is held than twice what merging
-    leaves, or `FLUSH_ROWS`."""
+    leaves, or `FLUSH_ROWS`, and what is read at once.
+
+    Raises InputError if one is lost: rows would be missing.
+    """
     merge = PRODUCTS[product].merge
     frames: list[pl.DataFrame] = []
     held, most = 0, FLUSH_ROWS
-    for part in sorted(parts):
-        with store.fs.open(store.path(part), "rb") as file:
-            frames.append(pl.read_parquet(file))
+    ordered = sorted(parts.items())
+    for first in range(0, len(ordered), _AT_ONCE):
+        try:
+            found: Any = pl.from_arrow(store.read_row_groups(ordered[first : first + _AT_ONCE]))
+        except FileNotFoundError as error:
+            raise InputError(f"{store.uri}: parts were lost since they were written: {error}") from error
+        frames.append(found)
         held += len(frames[-1])
         if held > most:
             frames = [merge(pl.concat(frames))]
@@ -96,17 +123,16 @@ def read_parts(store: Store, product: str, parts: list[str]) -> pl.DataFrame | N
     return merge(pl.concat(frames)) if frames else None
 
 
-def merge_parts(store: Store, product: str, parts: list[str], target: str) -> dict[str, Any]:
-    """Parts → one that holds the same."""
+def merge_parts(store: Store, product: str, parts: Parts, target: str) -> dict[str, Any]:
+    """Parts → a file with one row group that holds the same."""
     rows = read_parts(store, product, parts)
     assert rows is not None, "a target is only planned where there are parts"
-    with store.write(target) as file:
-        rows.sort(rows.columns).write_parquet(file, compression="zstd")
+    store.write_row_groups(target, rows.sort(rows.columns).to_arrow(), [0])
     return {"rows": len(rows)}
 
 
 def combine_telemetry(
-    store: Store, kind: str, parts: list[str], target: str, metrics: Mapping[str, float]
+    store: Store, kind: str, parts: Parts, target: str, metrics: Mapping[str, float]
 ) -> dict[str, Any]:
     """Parts of one day and bucket → one telemetry file."""
     bins = read_parts(store, kind, parts)
@@ -121,7 +147,7 @@ def combine_telemetry(
     }
 
 
-def combine_entities(store: Store, parts: list[str], target: str, start: int = 0) -> dict[str, Any]:
+def combine_entities(store: Store, parts: Parts, target: str, start: int = 0) -> dict[str, Any]:
     """Parts → everything known of every entity, by kind and name; services are entities too.
 
     `start` is the Unix time of the second 0 that the descriptions count from.

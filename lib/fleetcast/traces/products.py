@@ -1,8 +1,8 @@
 """Partial products: what some raw rows contribute to the canonical tables, and how parts merge.
 
 Whoever reads rows aggregates them as far as it can before it lets go of them (10 s → 5 min is 30 × fewer
-rows), and writes the parts by date and bucket; the shuffle is those folders. Merging is associative: parts of
-parts, or all at once, give the same sums.
+rows), and writes the parts by date and bucket: the shuffle is those files and where in them a place is.
+Merging is associative: parts of parts, or all at once, give the same sums.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ PRODUCTS: dict[str, Product] = {
 TELEMETRY = ("machine", "container")
 
 
-def partitions(product: str, frame: pl.DataFrame, buckets: int) -> dict[str, pl.DataFrame]:
-    """A part → its rows by folder: `date=2018-01-02/bucket=03`, or `all`."""
+def partitions(product: str, frame: pl.DataFrame, buckets: int) -> tuple[pl.DataFrame, dict[str, int]]:
+    """A part → its rows in the order of their places, and where each place begins: one for each date and
+    bucket, `2018-01-02/03`, or `all`."""
     spec = PRODUCTS[product]
     if spec.date is None:
-        return {"all": frame}
+        return frame, {"all": 0}
     bucket = pl.lit("00") if spec.key is None else _bucket(frame[spec.key], buckets)
-    folder = pl.format("date={}/bucket={}", pl.col(spec.date).dt.date(), bucket)
-    marked = frame.with_columns(folder.alias("_folder"))
-    return {
-        str(folder): rows
-        for (folder,), rows in marked.partition_by("_folder", as_dict=True, include_key=False).items()
-    }
+    place = pl.format("{}/{}", pl.col(spec.date).dt.date(), bucket)
+    ordered = frame.with_columns(_place=place).sort("_place", maintain_order=True)
+    runs = ordered["_place"].rle().struct.unnest()
+    starts = runs["len"].cum_sum() - runs["len"]
+    return ordered.drop("_place"), dict(zip(runs["value"], starts, strict=True))
 
 
 def _bucket(keys: pl.Series, buckets: int) -> pl.Series:

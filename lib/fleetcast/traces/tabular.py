@@ -29,7 +29,7 @@ from fleetcast.traces.columns import ColumnFile, finite, reject, texts
 from fleetcast.traces.edges import Graph
 from fleetcast.traces.layout import ROLES, Layout, check_all_metrics
 from fleetcast.traces.mapping import TabularOptions
-from fleetcast.traces.parts import PartWriter, combine_entities, combine_telemetry
+from fleetcast.traces.parts import PartWriter, by_place, combine_entities, combine_telemetry
 
 log = logging.getLogger("fleetcast")
 
@@ -234,6 +234,7 @@ def _load_telemetry(
 ) -> dict[str, Any]:
     """Writes days of telemetry, and the entities; returns the `spans` and `figures` of the manifest."""
     rows = 0
+    places: dict[str, list[str]] = {}
     reasons: Counter[str] = Counter()
     nulled: Counter[str] = Counter()
     for table, layout in files:
@@ -256,16 +257,17 @@ def _load_telemetry(
                 writer.add(options.kind, _bins(usable, layout.metrics, clock.step))
                 writer.add("entities", _entities(usable, options))
         writer.flush()
+        places |= writer.places
     _check_rejected(store, work, rows, reasons, options)
-    days: dict[str, list[str]] = defaultdict(list)
-    for path in store.list(f"{work}/parts/{options.kind}"):
-        days[path.split("/")[-3]].append(path)
     metrics = {metric: column.divisor for metric, column in options.columns.items()}
-    targets = {f"{work}/telemetry/{day}/{options.kind}-00.parquet": parts for day, parts in days.items()}
-    receipts = [
-        combine_telemetry(store, options.kind, parts, target, metrics) for target, parts in targets.items()
-    ]
-    combine_entities(store, store.list(f"{work}/parts/entities"), f"{work}/entities/entities.parquet")
+    receipts = []
+    for place, parts in by_place(places).items():
+        product, _, day = place.removesuffix("/00").partition("/")
+        if product == options.kind:
+            target = f"{work}/telemetry/date={day}/{options.kind}-00.parquet"
+            receipts.append(combine_telemetry(store, options.kind, parts, target, metrics))
+        else:
+            combine_entities(store, parts, f"{work}/entities/entities.parquet")
     span = {"first": min(r["first"] for r in receipts), "last": max(r["last"] for r in receipts)}
     bad_values = {metric: nulled[metric] for metric in options.names if nulled[metric]}
     figures = {

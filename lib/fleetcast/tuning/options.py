@@ -12,7 +12,8 @@ from fleetcast.models import MODELS, configure
 from fleetcast.training.options import FitOptions
 from fleetcast.tuning.grids import FIFTHS_GRID, GRIDS, changes_windows
 
-GridName = Literal[("all", *(name for name in GRIDS if name != FIFTHS_GRID))]  # type: ignore[valid-type]
+_GRIDS = ("all", *(name for name in GRIDS if name != FIFTHS_GRID))
+GridName = Literal[_GRIDS]  # type: ignore[valid-type]
 
 
 class TuneOptions(SourceOptions):

@@ -1,17 +1,13 @@
 """Telemetry and dependencies → shards, in two passes over files.
 
 First each telemetry file is taken apart by entity group, brought to the dataset's step, and written with one
-record batch per entity group; the same for each file of dependencies. Then each shard reads its batches of
+row group per entity group; the same for each file of dependencies. Then each shard reads its row groups of
 the days it touches. No pass holds more than one file or one shard.
-
-What lies between the passes is Arrow's file format: to find one batch of thousands costs next to nothing,
-where Parquet would have each reader parse the figures of all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -161,17 +157,13 @@ def split_dependencies(store: Store, source: str, target: str, places: Places, g
 def _write_by_group(store: Store, target: str, rows: pl.DataFrame) -> list[int]:
     """Writes rows sorted by `group`, without that column; returns the groups in order of the batches."""
     groups, first = np.unique(rows["group"].to_numpy(), return_index=True)
-    table = rows.drop("group").to_arrow().combine_chunks()
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with store.write(target) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
-        for low, high in pairwise([*first.tolist(), len(table)]):
-            writer.write_table(table.slice(low, high - low))
+    store.write_row_groups(target, rows.drop("group").to_arrow(), first.tolist())
     return [int(group) for group in groups]
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Where a shard finds rows of its group: a record batch of a file."""
+    """Where a shard finds rows of its group."""
 
     path: str
     number: int
@@ -179,11 +171,9 @@ class RowGroup:
 
 def read_row_groups(store: Store, parts: list[RowGroup]) -> pl.DataFrame | None:
     """The rows of all parts, or None if there are no parts."""
-    batches = []
-    for part in parts:
-        with store.fs.open(store.path(part.path), "rb") as file:
-            batches.append(pa.ipc.open_file(file).get_batch(part.number))
-    frame: Any = pl.from_arrow(pa.Table.from_batches(batches)) if batches else None
+    if not parts:
+        return None
+    frame: Any = pl.from_arrow(store.read_row_groups([(part.path, part.number) for part in parts]))
     return frame
 
 
