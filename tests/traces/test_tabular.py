@@ -478,6 +478,8 @@ def test_a_table_without_edges_leaves_none_of_an_earlier_one(store, table):
             r"--entity pods: no such column in .*\(did you mean pod\?\), expected one of at, pod, ",
         ),
         ({"time": "when"}, r"--time when: no such column in .*, expected one of at, pod, load, queue length"),
+        ({"time": ("at", "when")}, r"--time when: no such column in .*, expected one of at, pod, "),
+        ({"edges_time": ("when",)}, r"--edges-time when: no such column in .*, expected one of src, target"),
         ({"metrics": ("laod",)}, r"--metrics laod: no such column in .*\(did you mean load\?\)"),
         (
             {"metrics": ("pod",), "entity": "load", "step": 60},

@@ -127,11 +127,6 @@ class ColumnFile:
             f"--{option} {name}: no such column in {self.uri}{hint}, expected one of {self.listed()}"
         )
 
-    def present(self, option: str, names: Sequence[str]) -> list[str]:
-        """Those of some columns that there are. Raises InputError naming the nearest to the first if none."""
-        found = [name for name in names if name in self.columns]
-        return [self.column(option, name) for name in found or names[:1]]
-
     def listed(self) -> str:
         """The columns, as far as an error has room for."""
         more = len(self.columns) - _LISTED
@@ -237,6 +232,19 @@ class ColumnFile:
             if told < len(broken):
                 nothing = pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
                 yield Batch(nothing, pl.Series("offset", [], pl.Int64), _broken(broken[told:]))
+
+
+def candidates(option: str, files: Sequence[ColumnFile], names: Sequence[str]) -> dict[str, list[str]]:
+    """File → those of some columns that it has. Raises InputError for a column that no file has, or a file
+    that has none."""
+    for name in names:
+        if not any(name in file.columns for file in files):
+            files[0].column(option, name)
+    found = {}
+    for file in files:
+        there = [name for name in names if name in file.columns]
+        found[file.name] = [file.column(option, name) for name in there or names[:1]]
+    return found
 
 
 def texts(column: pl.Series) -> pl.Series:

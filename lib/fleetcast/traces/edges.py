@@ -16,7 +16,7 @@ from fleetcast import schemas
 from fleetcast.errors import InputError
 from fleetcast.store import Store, fingerprint
 from fleetcast.traces.clock import Clock, Times, read_times
-from fleetcast.traces.columns import Batch, ColumnFile, finite, reject, texts
+from fleetcast.traces.columns import Batch, ColumnFile, candidates, finite, reject, texts
 from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.parts import Parts, PartWriter, by_place, read_parts
 
@@ -121,11 +121,10 @@ class Graph:
             return cls(
                 str(options.edges), [EdgeFile(files[0], {}, {}, None, _cells(files[0], matrix, order))], _DAY
             )
-        forms = [_form(file, options, set(names)) for file in files]
+        timed = _time_columns(files, options)
+        forms = [_form(file, options, set(names), timed[file.name]) for file in files]
         samples = {
-            file.name: file.sample("edges-time", timed)
-            for file in files
-            if (timed := _time_columns(file, options))
+            file.name: file.sample("edges-time", timed[file.name]) for file in files if timed[file.name]
         }
         unit = "step" if steps.unit == "step" else options.time_unit
         times = read_times("edges-time", samples, unit, steps.start, steps.step, middles)
@@ -233,7 +232,7 @@ class Loaded:
 
 
 def _form(
-    file: ColumnFile, options: TabularOptions, names: set[str]
+    file: ColumnFile, options: TabularOptions, names: set[str], timed: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
     """Role → column of an edge list; or, of wide edges, column → the two that it joins."""
     known = {name.lower(): name for name in reversed(file.columns)}
@@ -247,7 +246,7 @@ def _form(
         return columns, {}
     pairs = {name: pair for name in file.columns if (pair := _pair(name, names)) is not None}
     if pairs:
-        if other := set(file.columns) - set(pairs) - set(_time_columns(file, options)):
+        if other := set(file.columns) - set(pairs) - set(timed):
             listed = ", ".join(sorted(other)[:_LISTED])
             log.warning(
                 "tabular: %s: %d columns join no two entities, left out: %s", file.name, len(other), listed
@@ -269,11 +268,15 @@ def _pair(column: str, names: set[str]) -> tuple[str, str] | None:
     return None
 
 
-def _time_columns(file: ColumnFile, options: TabularOptions) -> list[str]:
+def _time_columns(files: Sequence[ColumnFile], options: TabularOptions) -> dict[str, list[str]]:
+    """File → the columns that may be its times."""
     if options.edges_time:
-        return file.present("edges-time", options.edges_time)
-    known = {name.lower(): name for name in reversed(file.columns)}
-    return [known[name] for name in _TIMES if name in known]
+        return candidates("edges-time", files, options.edges_time)
+    found = {}
+    for file in files:
+        known = {name.lower(): name for name in reversed(file.columns)}
+        found[file.name] = [known[name] for name in _TIMES if name in known]
+    return found
 
 
 def _write(store: Store, path: str, edges: pl.DataFrame) -> None:

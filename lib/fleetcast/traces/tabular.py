@@ -25,7 +25,7 @@ import polars as pl
 from fleetcast.errors import InputError
 from fleetcast.store import ACCEPTED, MANIFEST, Store, fingerprint
 from fleetcast.traces.clock import Clock, Times, read_times
-from fleetcast.traces.columns import ColumnFile, finite, reject, texts
+from fleetcast.traces.columns import ColumnFile, candidates, finite, reject, texts
 from fleetcast.traces.edges import Graph
 from fleetcast.traces.layout import ROLES, Layout, check_all_metrics
 from fleetcast.traces.mapping import TabularOptions
@@ -160,14 +160,14 @@ def _read_layouts(table: Sequence[ColumnFile], options: TabularOptions) -> tuple
         files = [(table[0], Layout.of(table[0], options, None))]
         check_all_metrics(files, options)
         return files, {}
-    candidates = {file.name: file.present("time", options.time) for file in table}
+    of_time = candidates("time", table, options.time)
     # Before any row is read, so that a wrong column is told at once.
-    layouts = {file.name: Layout.of(file, options, candidates[file.name][0]) for file in table}
+    layouts = {file.name: Layout.of(file, options, of_time[file.name][0]) for file in table}
     samples: dict[str, pl.DataFrame] = {}
     empty: InputError | None = None
     for file in table:
         try:
-            samples[file.name] = file.sample("time", candidates[file.name])
+            samples[file.name] = file.sample("time", of_time[file.name])
         except InputError as error:
             log.warning("%s", error)
             empty = error
