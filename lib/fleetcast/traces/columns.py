@@ -35,6 +35,8 @@ BLOCK_BYTES = 8 << 20
 _REJECTED = {"offset": pl.Int64, "reason": pl.String, "line": pl.String}
 #: Columns that an error lists.
 _LISTED = 20
+#: Rows by which a file's columns are judged; those of all files are held together.
+_SAMPLE = 10_000
 #: Files that are opened at once, each waiting for its store most of the time.
 _READERS = 16
 
@@ -133,9 +135,9 @@ class ColumnFile:
         return ", ".join(self.columns[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
     def sample(self, option: str, names: Sequence[str]) -> pl.DataFrame:
-        """Some rows of some columns: the first batch that has a value. Raises InputError if there is none."""
-        found = (batch.frame for batch in self.batches(names))
-        rows = next((rows for rows in found if any(c.null_count() < len(c) for c in rows)), None)
+        """Some of the first rows with a value in any of some columns. Raises InputError if there is none."""
+        found = (batch.frame.filter(~pl.all_horizontal(pl.all().is_null())) for batch in self.batches(names))
+        rows = next((rows.head(_SAMPLE) for rows in found if len(rows)), None)
         if rows is None:
             raise InputError(f"--{option} {', '.join(names)}: no row of {self.uri} has a value there")
         return rows
