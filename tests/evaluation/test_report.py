@@ -77,6 +77,7 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
         horizon=horizon,
         step=step,
         metrics=metrics,
+        normalised=(),
         ladder=[
             ("last value", scores(0.09, horizon, f)),
             ("same time yesterday", scores(0.06, horizon, f)),
@@ -120,6 +121,7 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
             total=1,
             edges=pl.DataFrame({"source": [names[0]], "target": [names[1]], "weight": [1.0]}),
             metric="cpu",
+            normalised=(),
             load={names[0]: 0.4, names[1]: 0.5},
         ),
     )

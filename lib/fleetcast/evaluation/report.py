@@ -55,6 +55,8 @@ class NightlyReport:
     """Seconds of a step."""
     metrics: tuple[str, ...]
     """F metrics, in the order of the last axis of the scores."""
+    normalised: tuple[str, ...]
+    """Those whose unit nobody knows."""
     ladder: Ladder
     """(rung, scores on the test part) of the model and every naive rung: same windows and mask."""
     mase_scale: np.ndarray
@@ -206,7 +208,7 @@ def _total_plots(report: NightlyReport) -> list[Picture]:
         chosen = pl.col("metric") == metric
         history, forecast = report.total_history.filter(chosen), report.total_forecast.filter(chosen)
         if len(forecast):
-            quantity = describe_total(metric)
+            quantity = describe_total(metric, report.normalised)
             pictures.append(_forecast_plot(metric, quantity, history, forecast))
     return pictures
 
@@ -219,7 +221,9 @@ def _entity_plots(report: NightlyReport) -> list[Picture]:
             chosen = (pl.col("metric") == metric) & (pl.col("entity") == entity)
             history, forecast = report.entity_history.filter(chosen), report.entity_forecast.filter(chosen)
             if len(forecast):
-                pictures.append(_forecast_plot(entity, describe(metric), history, forecast))
+                pictures.append(
+                    _forecast_plot(entity, describe(metric, report.normalised), history, forecast)
+                )
         return pictures
     return []
 
@@ -240,7 +244,7 @@ _BANDS = (("90 %", "q05", "q95"), ("50 %", "q25", "q75"))
 
 def _horizon_plot(report: NightlyReport, f: int) -> Picture:
     metric = report.metrics[f]
-    figure, (axes,) = plots.subplots("MAE: " + describe(metric))
+    figure, (axes,) = plots.subplots("MAE: " + describe(metric, report.normalised))
     ahead = lead_time(axes, report.horizon, report.step)
     # The model in front of the rungs, in its own colour wherever it stands in the ladder.
     for name, scores in sorted(report.ladder, key=lambda rung: rung[0] != report.model):

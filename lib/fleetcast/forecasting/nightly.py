@@ -260,6 +260,7 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
         horizon=data.horizon,
         step=data.step,
         metrics=data.metrics,
+        normalised=data.normalised,
         ladder=[(rung, Scores.from_json(state)) for rung, state in scores.items()],
         mase_scale=np.asarray(selected.manifest["seasonal_error"]),
         summary=[

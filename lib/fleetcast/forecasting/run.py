@@ -120,6 +120,7 @@ def _publish(
             "windows": data.name,
             "level": data.level,
             "metrics": list(data.metrics),
+            "normalised": list(data.normalised),
             "step": data.step,
             "horizon": data.horizon,
             "model": selected.folder,

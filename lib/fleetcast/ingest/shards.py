@@ -188,6 +188,7 @@ def _draft(
         name=options.windows,
         level=options.level,
         metrics=options.metrics,
+        normalised=tuple(telemetry.get("normalised", ())),
         start=start,
         step=options.step,
         steps=steps,

@@ -74,6 +74,8 @@ class Manifest(Options):
     level: str
     """What an entity is: machine, container or service."""
     metrics: tuple[str, ...]
+    normalised: tuple[str, ...] = ()
+    """Those that the publisher has scaled over the trace, so that nobody knows their unit."""
     start: int
     """Unix seconds of step 0."""
     step: int
