@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import i0
 
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.synthesis.cluster import (
     DAY,
     KNOT,
@@ -36,7 +37,6 @@ from fleetcast.traces.synthesis.cluster import (
     upstream,
 )
 from fleetcast.traces.synthesis.load import SHOCK, innovations, service_shock, span
-from fleetcast.traces.tabular import TabularOptions
 
 #: A Monday, as everywhere where no date is known [s].
 _EPOCH = 1_514_764_800
