@@ -82,14 +82,18 @@ def make(
 def _load(parent: Store, store: Store, name: str, source: SourceOptions) -> tuple[TabularOptions | None, str]:
     """Makes the source the telemetry of its store; returns the table that it is, and what it is, in words."""
     raw, table, o = source.raw, source.tabular, source.synthesize
+    options = source.ingest
     if o is not None:
         raw, description = _synthetic(parent, name, o), f"a synthetic cluster of coupling {o.coupling:g}"
-        table = services.table_of(raw) if o.trace == "services" else None
+        if o.trace == "services":
+            table = services.table_of(raw)
+        else:
+            options = options.model_copy(update={"trace": o.trace})
     elif table is not None:
         description = f"the table {table.table.rsplit('/', 1)[-1]}"
     else:
         description = f"raw {source.ingest.trace} files in {raw}"
-    load(store, raw, source.ingest, table)
+    load(store, raw, options, table)
     return table, description
 
 
