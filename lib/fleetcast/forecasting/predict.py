@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fleetcast import schemas
-from fleetcast.config import Options
+from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Forecast, Rung
@@ -38,6 +38,9 @@ class ForecastOptions(Options):
     """Name of the windows dataset whose end is the forecast's origin."""
     min_history_share: float = Field(0.25, ge=0, le=1)
     """Share of the look-back [0-1] that must be observed of an entity; else it gets the naive forecast."""
+    gone_after: Seconds = Field(86_400, ge=0)
+    """An entity that nothing was observed of for so long [s, or 1d], nor in the look-back, has been shut down
+    or renamed: it is not forecast."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class GroupForecast:
     """The forecast of one group in original units."""
 
     entities: tuple[str, ...]
+    """N of the group's own that there is still telemetry of."""
     mean: NDArray[np.float64]
     """[H, N, F]."""
     quantiles: NDArray[np.float64]
@@ -129,10 +133,15 @@ class GroupForecast:
     """Per entity: why it has the naive forecast, or None."""
     history: NDArray[np.float64]
     """[3 H or less, N, F] what was observed before the origin, NaN in gaps."""
+    gone: NDArray[np.float64]
+    """[3 H or less, G, F] the same of those that nothing was observed of in the whole look-back: they have
+    been shut down, or renamed, and are not forecast."""
 
 
-def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, share: float) -> GroupForecast:
-    """Forecasts a group's own entities from the end of the telemetry."""
+def predict(
+    store: Store, data: Manifest, shard: Shard, selected: Selected, options: ForecastOptions
+) -> GroupForecast:
+    """Forecasts a group's own entities from the end of the telemetry, but those that are gone."""
     scaler = selected.scaler
     opened = OpenShard.read(store, data, shard, scaler, selected.places)
     batch = opened.batch(np.array([data.steps]))
@@ -143,17 +152,21 @@ def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, shar
     own, reasons = stand_in, [refused] * len(entities)
     if model is not None:
         own, reasons = _by_model(selected, model, batch, scaler, len(entities))
-    reasons = [_too_little(batch, n, share) or reason for n, reason in enumerate(reasons)]
+    reasons = [_too_little(batch, n, options.min_history_share) or reason for n, reason in enumerate(reasons)]
     use_naive = np.array([reason is not None for reason in reasons])
     mean = np.where(use_naive[:, None], stand_in.mean[0], own.mean[0])
     quantiles = np.where(use_naive[:, None, None], stand_in.quantiles[0], own.quantiles[0])
     low, high = bounds(data.metrics)
+    history = _history(opened, data, scaler)
+    recent = max(data.history, -(-options.gone_after // data.step))
+    here = np.atleast_1d(opened.last_steps(recent)[1].any((0, 2)))
     return GroupForecast(
-        entities,
-        np.clip(mean, low, high),
-        np.clip(quantiles, low[:, None], high[:, None]),
-        reasons,
-        _history(opened, data, scaler),
+        tuple(name for name, is_here in zip(entities, here, strict=True) if is_here),
+        np.clip(mean, low, high)[:, here],
+        np.clip(quantiles, low[:, None], high[:, None])[:, here],
+        [reason for reason, is_here in zip(reasons, here, strict=True) if is_here],
+        history[:, here],
+        history[:, ~here],
     )
 
 

@@ -10,7 +10,7 @@ from fleetcast.errors import InputError
 from fleetcast.ingest.options import IngestOptions
 from fleetcast.ingest.run import ingest
 from fleetcast.store import Store
-from fleetcast.traces import tabular
+from fleetcast.traces import TRACES, tabular
 from fleetcast.traces.mapping import TabularOptions
 from fleetcast.windows.manifest import ShardOptions
 
@@ -56,12 +56,15 @@ def windows_of(
     """How a source is cut into windows: as is given, else as suits its telemetry, of which this is the
     manifest.
 
-    What is not given of a table's is taken from the table: its level and metrics; the step of its telemetry;
-    a horizon of 12 steps, or a tenth of a table of fewer than 120; and a look-back as long as that, or as the
-    horizon that is given. Raises InputError if that clashes with what is given.
+    A trace may have metrics of its own for a level. What is not given of a table's is taken from the table:
+    its level and metrics; the step of its telemetry; a horizon of 12 steps, or a tenth of a table of fewer
+    than 120; and a look-back as long as that, or as the horizon that is given. Raises InputError if that
+    clashes with what is given.
     """
     if table is None:
-        return given.resolve({})
+        trace = TRACES.get(telemetry["settings"]["trace"])
+        metrics = trace.shown.get(given.level) if trace is not None else None
+        return given.resolve({} if metrics is None else {"metrics": metrics})
     said, span = given.model_dump(), telemetry["spans"][table.kind]
     step = said.get("step", telemetry["settings"]["step"])
     steps = (span["last"] - span["first"]) // step + 1

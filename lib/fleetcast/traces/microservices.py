@@ -27,6 +27,9 @@ _NOBODY = ("(?)", "UNKNOWN", "UNAVAILABLE", "USER")
 RECEIVED = {"": "providerrpc", "_http": "http", "_mq": "consumermq"}
 MADE = {"_out": "consumerrpc", "_mq_out": "providermq"}
 STORES = {"_cache_read": "readmc", "_cache_write": "writemc", "_db_read": "readdb", "_db_write": "writedb"}
+#: What is forecast of each level where nobody says it: machines have no calls.
+_CONTAINERS = ("cpu", "memory", "request_rate", "latency")
+SHOWN = {"machine": ("cpu", "memory"), "container": _CONTAINERS, "service": _CONTAINERS}
 
 
 def rate(ending: str) -> str:
