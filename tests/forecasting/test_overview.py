@@ -24,6 +24,7 @@ def whole(random: np.random.Generator, **changes) -> GroupForecast:
         "mean": mean,
         "quantiles": mean[..., None] + spread,
         "fallback": [None] * ENTITIES,
+        "cold": [False] * ENTITIES,
         "history": history,
         "gone": np.zeros((3 * HORIZON, 0, 2)),
     }
@@ -37,6 +38,7 @@ def cut(found: GroupForecast, members: list[int], history: int = 3 * HORIZON) ->
         found.mean[:, members],
         found.quantiles[:, members],
         [found.fallback[n] for n in members],
+        [found.cold[n] for n in members],
         found.history[-history:, members],
         found.gone[-history:, :0],
     )

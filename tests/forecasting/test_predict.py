@@ -284,3 +284,43 @@ def test_a_selected_model_that_is_not_there_is_an_error_that_names_its_file(serv
     store.remove(f"{folder}/{file}")
     with pytest.raises(InputError, match=f"{folder}/{file}: no such file"):
         read_selected(store).check(data)
+
+
+# -- entities that have only just begun --------------------------------------------------------------------
+
+
+def replicas(store: Store, data: Manifest) -> Manifest:
+    """The same entities as containers, of which e0 and e1 are of one service."""
+    services = ["web", "web", "db", "db", "db"]
+    described = pl.DataFrame(
+        {"entity": [f"e{n}" for n in range(5)], "kind": ["container"] * 5, "service": services}
+    )
+    store.write_table("entities/entities.parquet", described.to_arrow())
+    return data.model_copy(update={"level": "container"})
+
+
+def test_the_past_of_a_new_replica_is_its_siblings_at_its_own_level(serve, values, instead):
+    values[:, 1] = 0.5 * values[:, 0]
+    whole = values.copy()
+    values[:-1, 1] = np.nan  # it has one sample
+    store, data = serve(values)
+    data = replicas(store, data)
+    instead(lambda batch: batch.seasonal[..., 0])  # what was a day before
+    found = forecast(store, data)
+    expected = whole[-DAY : HORIZON - DAY, :3]
+    np.testing.assert_allclose(found.mean[:, :2], expected[:, :2], rtol=1e-4)
+    assert found.cold == [False, True, False]
+    assert found.fallback == [None, None, None]
+    table = rows(found, data, "stgnn", LAST_VALUE)
+    models = dict(zip(table["entity"].to_pylist(), table["model"].to_pylist(), strict=True))
+    assert models == {"e0": "stgnn", "e1": "stgnn (cold start)", "e2": "stgnn"}
+    np.testing.assert_array_equal(np.isfinite(found.history[:-1, 1]), False)  # nobody saw what was filled
+
+
+def test_a_new_replica_without_siblings_and_an_old_one_with_a_gap_are_as_they_are(serve, values):
+    values[:-1, 2] = np.nan  # new, but its siblings are in another group
+    values[-HISTORY:-1, 1] = np.nan  # a gap
+    store, data = serve(values)
+    found = forecast(store, replicas(store, data))
+    assert found.cold == [False, False, False]
+    assert found.fallback == [None, *["less than 25% of the look-back is observed"] * 2]

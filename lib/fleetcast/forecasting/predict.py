@@ -17,18 +17,23 @@ from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Forecast, Rung
+from fleetcast.forecasting.cold_start import begin_earlier, siblings
 from fleetcast.models import saving
 from fleetcast.schemas import FRACTIONS, QUANTILES
 from fleetcast.store import MANIFEST, Store
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
-from fleetcast.windows.views import OpenShard
+from fleetcast.windows.views import OpenShard, read_values
 
 log = logging.getLogger("fleetcast")
 
 
 #: What a model saw that was trained before there were calendars.
 _CLOCK_ALONE: dict[str, Any] = {"marks": [], "timezone": "UTC"}
+
+
+#: What is said of a forecast whose entity has only just begun.
+COLD = " (cold start)"
 
 
 class ForecastOptions(Options):
@@ -131,6 +136,8 @@ class GroupForecast:
     """[H, N, F, Q], rising."""
     fallback: list[str | None]
     """Per entity: why it has the naive forecast, or None."""
+    cold: list[bool]
+    """Per entity: whether it has only just begun and its siblings stood in for its past."""
     history: NDArray[np.float64]
     """[3 H or less, N, F] what was observed before the origin, NaN in gaps."""
     gone: NDArray[np.float64]
@@ -144,6 +151,12 @@ def predict(
     """Forecasts a group's own entities from the end of the telemetry, but those that are gone."""
     scaler = selected.scaler
     opened = OpenShard.read(store, data, shard, scaler, selected.places)
+    history, recent = _history(opened, data, scaler), max(data.history, -(-options.gone_after // data.step))
+    here = np.atleast_1d(opened.last_steps(recent)[1].any((0, 2)))
+    kin, new = siblings(store, data, shard.group), list[int]()
+    if any(kin):
+        filled, new = begin_earlier(read_values(store, data, shard, border=True), kin, data.history)
+        opened = opened.of(filled) if new else opened
     batch = opened.batch(np.array([data.steps]))
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]
@@ -157,14 +170,12 @@ def predict(
     mean = np.where(use_naive[:, None], stand_in.mean[0], own.mean[0])
     quantiles = np.where(use_naive[:, None, None], stand_in.quantiles[0], own.quantiles[0])
     low, high = bounds(data.metrics)
-    history = _history(opened, data, scaler)
-    recent = max(data.history, -(-options.gone_after // data.step))
-    here = np.atleast_1d(opened.last_steps(recent)[1].any((0, 2)))
     return GroupForecast(
         tuple(name for name, is_here in zip(entities, here, strict=True) if is_here),
         np.clip(mean, low, high)[:, here],
         np.clip(quantiles, low[:, None], high[:, None])[:, here],
         [reason for reason, is_here in zip(reasons, here, strict=True) if is_here],
+        [n in new for n in np.flatnonzero(here).tolist()],
         history[:, here],
         history[:, ~here],
     )
@@ -226,7 +237,12 @@ def rows(found: GroupForecast, data: Manifest, model: str, naive: str) -> pa.Tab
         "time": pa.array(np.tile(times, entities * metrics)).cast(schemas.TIME),
         "mean": flat(found.mean),
         **{schemas.quantile_name(q): flat(found.quantiles[..., i]) for i, q in enumerate(QUANTILES)},
-        "model": per_entity([model if reason is None else naive for reason in found.fallback]),
+        "model": per_entity(
+            [
+                (model if reason is None else naive) + (COLD if cold else "")
+                for reason, cold in zip(found.fallback, found.cold, strict=True)
+            ]
+        ),
         "fallback": per_entity(found.fallback),
     }
     return pa.table(columns).cast(schemas.FORECASTS)

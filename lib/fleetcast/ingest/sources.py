@@ -51,10 +51,10 @@ def load(
 
 
 def windows_of(
-    given: SourceShardOptions, table: TabularOptions | None, telemetry: dict[str, Any]
+    given: SourceShardOptions, table: TabularOptions | None, telemetry: dict[str, Any] | None
 ) -> ShardOptions:
     """How a source is cut into windows: as is given, else as suits its telemetry, of which this is the
-    manifest.
+    manifest; without one, the shard job says what is wrong.
 
     A trace may have metrics of its own for a level. What is not given of a table's is taken from the table:
     its level and metrics; the step of its telemetry; a horizon of 12 steps, or a tenth of a table of fewer
@@ -62,9 +62,10 @@ def windows_of(
     clashes with what is given.
     """
     if table is None:
-        trace = TRACES.get(telemetry["settings"]["trace"])
-        metrics = trace.shown.get(given.level) if trace is not None else None
+        trace = None if telemetry is None else TRACES.get(telemetry["settings"]["trace"])
+        metrics = None if trace is None else trace.shown.get(given.level)
         return given.resolve({} if metrics is None else {"metrics": metrics})
+    assert telemetry is not None, "a table is loaded first"
     said, span = given.model_dump(), telemetry["spans"][table.kind]
     step = said.get("step", telemetry["settings"]["step"])
     steps = (span["last"] - span["first"]) // step + 1
