@@ -46,6 +46,11 @@ def adds_up(metric: str) -> bool:
     return metric.startswith("request_rate")
 
 
+def has_total(metric: str) -> bool:
+    """Whether a sum over entities means anything: of times and of ratios it does not."""
+    return not metric.startswith(("latency", "cpi", "mpki"))
+
+
 def describe(metric: str, normalised: Collection[str] = ()) -> str:
     """A metric in words with its unit, which a `normalised` one has not; `cpu_max` as the maximum within the
     bin."""

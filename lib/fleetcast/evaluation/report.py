@@ -21,7 +21,7 @@ from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration, skill_rung
 from fleetcast.evaluation.page import Picture, lead_time, number, percent, template
-from fleetcast.schemas import describe, describe_total
+from fleetcast.schemas import describe, describe_total, has_total
 from fleetcast.windows.graph import LastGraph
 
 #: A smaller relative difference between two errors is called a tie: an independent rerun of a published model
@@ -206,7 +206,7 @@ def _top_peaks(report: NightlyReport) -> dict[str, pl.DataFrame]:
 
 def _total_plots(report: NightlyReport) -> list[Picture]:
     pictures = []
-    for metric in report.metrics:
+    for metric in filter(has_total, report.metrics):
         chosen = pl.col("metric") == metric
         history, forecast = report.total_history.filter(chosen), report.total_forecast.filter(chosen)
         if len(forecast):
