@@ -197,7 +197,7 @@ def test_names_from_the_trace_cannot_write_html(full):
 def test_the_highest_expected_peak_comes_first():
     given = report()
     top = given.peaks.filter(metric="cpu").sort("mean", "entity", descending=[True, False])
-    first = re.search(r"<tbody>\s*<tr><td>(\w+)</td>", render(given))
+    first = re.search(r'<tbody>\s*<tr><td class="entity" title="\w+">(\w+)</td>', render(given))
     assert first and first[1] == top["entity"][0]
 
 
