@@ -3,7 +3,7 @@
 batch      the contract between data and models
 manifest   what a dataset's manifest.json says; the chronological split
 build      telemetry and dependencies → shards
-calendar   time features
+calendar   time features: the clock, holidays, events
 edges      the graph that is known at a window's origin
 views      an open shard, whose windows are views
 order      which windows each rank sees, and when
