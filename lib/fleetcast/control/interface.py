@@ -40,9 +40,9 @@ class Truth:
 class Observation:
     """What an autoscaler sees at a decision.
 
-    What the cluster's own records hold (`wanted` to `pending`) is up to date. What is measured (all others) is
-    the mean of one interval of measurement that ended `lag` seconds ago, with noise; NaN where the
-    measurement is missing.
+    What the cluster's own records hold (`wanted` to `pending`, `ready_by_class`) is up to date. What is
+    measured (all others) is the mean of one interval of measurement that ended `lag` seconds ago, with noise;
+    NaN where the measurement is missing.
     """
 
     time: float
