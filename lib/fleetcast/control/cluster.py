@@ -361,8 +361,8 @@ def _edges(kinds: list[Kind], random: np.random.Generator) -> tuple[Ints, Ints]:
 
 
 def _calls(kinds: list[Kind], caller: Ints, callee: Ints, entry: Ints, random: np.random.Generator) -> Floats:
-    """[K, L]. A class takes more than half of the edges that it comes to, and each edge has a class that takes
-    it. What a cache passes on is what it does not hold."""
+    """[K, L]. A class takes most of the edges that it comes to, and each edge has a class that takes it. What
+    a cache passes on is what it does not hold."""
     classes = len(entry)
     calls = random.uniform(0.3, 1, (classes, len(caller)))
     calls[:, [kinds[one] == "cache" for one in caller]] *= 0.4

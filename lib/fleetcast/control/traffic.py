@@ -47,7 +47,7 @@ class TrafficOptions(Options):
     period: float = Field(24, gt=0)
     """Of the wave [h]."""
     arrivals: Arrivals = "mmpp"
-    """How arrivals vary around the rate: not beyond Poisson; in calm and busy spells; or anew at each step."""
+    """How arrivals vary around the rate: as Poisson alone; in calm and busy spells; or anew at each step."""
     dispersion: float = Field(0.01, gt=0)
     """Of negative_binomial: variance of the rate of a step in squared means."""
     step: float = Field(5, gt=0)
@@ -91,8 +91,8 @@ def generate(options: TrafficOptions, cluster: Cluster, environments: int = 1) -
 def replay(series: pl.DataFrame, options: TrafficOptions, cluster: Cluster, environments: int = 1) -> Traffic:
     """Rates that rise and fall like a series of telemetry, `time` and `request_rate`, with the given mean.
 
-    Between two bins it goes straight; missing bins too. Each environment begins at another place of it, and it
-    begins anew after its end. Raises InputError if there are fewer than two bins with a value.
+    Between two bins it goes straight; missing bins too. Each environment begins at another place of it, and
+    it begins anew after its end. Raises InputError if there are fewer than two bins with a value.
     """
     known = series.drop_nulls("request_rate").sort("time")
     if len(known) < 2:

@@ -1,0 +1,396 @@
+"""The vectorised engine: many environments at once, in steps of a second or a few.
+
+Calls are a fluid: each replica holds a number of them, and works on them by the law of `stations`. Times
+along the call graph are sums of the services' means and variances (`paths`); the latency of a request is taken
+as lognormal with these moments. Replicas and nodes live as in `pods`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fleetcast.control.cluster import Cluster
+from fleetcast.control.interface import LATENCY_BOUNDS, Action, Observation, Outcome, Truth
+from fleetcast.control.paths import Paths, Spans
+from fleetcast.control.pods import DRAINING, PENDING, STARTING, Pods
+from fleetcast.control.stations import advance, shape
+from fleetcast.control.traffic import Traffic
+from fleetcast.errors import InputError
+
+#: Intervals of which `Truth.ahead` tells.
+AHEAD = 40
+#: How fast the less busy of two evens out the calls of replicas [s].
+_EVEN_OUT = 2.0
+#: A rate that counts as none [1/s].
+_NONE = 1e-4
+#: The utilisation up to which a queue counts as random, not as left over.
+_SETTLED = 0.98
+_NORMAL_P95 = 1.6449
+
+
+@dataclass
+class _Sums:
+    """Of one interval, times seconds unless said otherwise."""
+
+    rate: Tensor
+    queue: Tensor
+    errors: Tensor
+    span: Tensor
+    """[E, S]. Of mean span and rate; likewise its second moment."""
+    square: Tensor
+    cpu: Tensor
+    """[E, S, R]. Cores in use."""
+    own: Tensor
+    """[E, S, Z]. Calls in a replica, and calls served [1/s]."""
+    served: Tensor
+    offered: Tensor
+    """[E, K]."""
+    tried: Tensor
+    missed: Tensor
+    answered: Tensor
+    latency: Tensor
+    latency_square: Tensor
+
+    def __init__(self, environments: int, services: int, places: int, zones: int, classes: int) -> None:
+        for field in fields(self):
+            shape: tuple[int, ...] = (environments, services)
+            match field.name:
+                case "cpu":
+                    shape = (*shape, places)
+                case "own" | "served":
+                    shape = (*shape, zones)
+                case "offered" | "tried" | "missed" | "answered" | "latency" | "latency_square":
+                    shape = (environments, classes)
+            setattr(self, field.name, torch.zeros(shape))
+
+
+class FluidEngine:
+    """Environments side by side, each with its own traffic; `step` is the time of one step [s].
+
+    The same arguments, the same run.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        traffic: Traffic,
+        *,
+        step: float = 1.0,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        steps = cluster.measure.interval / step
+        if abs(steps - round(steps)) > 1e-9 or steps < 1:
+            raise InputError(f"a step of {step} s, expected a whole part of {cluster.measure.interval} s")
+        if traffic.rates.shape[2] != len(cluster.entry):
+            raise InputError(
+                f"traffic of {traffic.rates.shape[2]} classes, expected the cluster's {len(cluster.entry)}"
+            )
+        self.cluster, self.traffic = cluster, traffic
+        self.environments = traffic.rates.shape[0]
+        self.time = 0.0
+        self._step, self._steps, self._device = step, round(steps), torch.device(device)
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._pods = Pods(cluster, self.environments, self._generator, self._device)
+        self._paths = Paths(cluster, self._device)
+
+        def along(values: object) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.float32, device=self._device)
+
+        self._demand = along(cluster.demand).unsqueeze(1)
+        self._cores = along(cluster.cores).unsqueeze(1)
+        self._slots = along(cluster.slots).unsqueeze(1)
+        self._room = along(cluster.slots + cluster.queue_limit).unsqueeze(1)
+        self._scv = along(cluster.demand_cv**2).unsqueeze(1)
+        self._deadline = along(cluster.deadline)
+        self._visits = along(cluster.visits)
+        self._bounds = LATENCY_BOUNDS.log().to(self._device)
+
+        environments, services = self.environments, len(cluster.names)
+        self._busy = torch.zeros_like(self._pods.timer)
+        self._rate = torch.zeros(environments, services, device=self._device)
+        self._passed = torch.ones_like(self._rate)
+        self._below = torch.zeros_like(self._rate)
+        """Time that a call spends in calls of its own [s]."""
+        self._lost = torch.zeros_like(self._rate)
+        self._again = torch.zeros_like(traffic.rates[:, 0])
+        """Attempts after the first [1/s]."""
+        self._routing: Tensor | None = None
+        self._samples: deque[dict[str, Tensor]] = deque(
+            maxlen=1 + round(cluster.measure.lag / cluster.measure.interval)
+        )
+
+    # -- what a policy deals with ----------------------------------------------------------------------------
+
+    def step(self, action: Action) -> Outcome:
+        """Lets one decision interval pass."""
+        pods = self._pods
+        pods.changes.zero_(), pods.restarts.zero_()
+        if action.restart is not None:
+            pods.restart(action.restart)
+        pods.scale(action.replicas)
+        self._routing = action.routing
+        sums = _Sums(
+            self.environments, *pods.timer.shape[1:], len(self.cluster.node_classes), len(self._deadline)
+        )
+        zero = torch.zeros(self.environments, device=self._device)
+        outcome = Outcome(
+            **{field.name: zero.clone() for field in fields(Outcome) if field.name != "latencies"},
+            latencies=torch.zeros(self.environments, len(LATENCY_BOUNDS) + 1, device=self._device),
+        )
+        self._lost += pods.fail(self.cluster.measure.interval)
+        for _ in range(self._steps):
+            self._advance(sums, outcome)
+        outcome.changes.add_(pods.changes)
+        outcome.restarts.add_(pods.restarts)
+        self._samples.append(self._measure(sums))
+        return outcome
+
+    def observe(self, truth: bool = False) -> Observation:
+        """What there is to see now; `truth` adds what no autoscaler can see."""
+        pods, measure = self._pods, self.cluster.measure
+        ready = pods.ready
+        if len(self._samples) == self._samples.maxlen:
+            sample = self._samples[0]
+        else:
+            sample = {name: torch.full_like(value, math.nan) for name, value in self._nothing().items()}
+            sample["measured"].zero_()
+        return Observation(
+            time=self.time,
+            interval=measure.interval,
+            lag=measure.lag,
+            wanted=pods.wanted.clone(),
+            ready=ready.sum(2).float(),
+            starting=((pods.phase == PENDING) | (pods.phase == STARTING)).sum(2).float(),
+            pending=(pods.phase == PENDING).sum(2).float(),
+            ready_by_class=self._by_class(ready.float()),
+            truth=self._truth() if truth else None,
+            **sample,
+        )
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def _advance(self, sums: _Sums, outcome: Outcome) -> None:
+        step, pods, cluster = self._step, self._pods, self.cluster
+        offered = self.traffic.at(self.time).to(self._device)
+        requests = offered + self._again
+        flows = self._paths.flows(requests, self._passed.T)
+        rate = flows.sum(2).T
+
+        ready = pods.ready
+        works = ready | (pods.phase == DRAINING)
+        capacity, alone = self._capacity(works)
+        share = self._shares(ready, capacity, rate)
+        replicas = ready.sum(2, keepdim=True)
+        factor, exponent = shape(
+            cluster.balancer, self._cores.clamp(min=1), replicas, self._slots, self._scv, self._busy
+        )
+        arrivals = rate.unsqueeze(2) * share
+        number, self._busy = advance(
+            pods.number, arrivals, capacity, self._cores.clamp(min=1), factor, exponent, self._busy, step
+        )
+        excess = (number - self._room).clamp(min=0)
+        pods.number = number - excess
+        served = capacity * self._busy
+
+        total, through = pods.number.sum(2), served.sum(2)
+        refused = excess.sum(2) / step + torch.where(replicas.squeeze(2) > 0, 0.0, rate)
+        errors = refused + self._lost / step
+        hazard = -torch.log1p(-(errors / (rate + _NONE)).clamp(max=0.999))
+        mean, variance = self._response(total, through, served, alone, replicas.squeeze(2), rate, capacity)
+        spans = self._paths.spans(mean.T, variance.T, hazard.T)
+        self._passed = torch.where(rate > _NONE, through / rate.clamp(min=_NONE), 1.0).clamp(max=10)
+        self._rate = rate
+
+        mix = flows / (flows.sum(2, keepdim=True) + _NONE)
+        span = (mix * spans.mean).sum(2).T
+        self._below = (span - mean).clamp(min=0) * (rate > _NONE)
+
+        self._count(sums, outcome, offered, requests, spans)
+        sums.rate += step * rate
+        sums.queue += step * (total + through * self._below)
+        sums.errors += step * errors
+        sums.span += step * rate * span
+        sums.square += step * rate * (mix * (spans.variance + spans.mean**2)).sum(2).T
+        used = served * alone * self._cores.clamp(max=1)
+        sums.cpu += step * used
+        sums.own += step * self._by_class(pods.number)
+        sums.served += step * self._by_class(served)
+        outcome.cpu_used.add_(step * used.sum((1, 2)))
+        on_node = pods.on_node
+        outcome.cpu_allocated.add_(step * (on_node * self._cores).sum((1, 2)))
+        outcome.replica_seconds.add_(step * on_node.sum((1, 2)))
+        outcome.node_seconds.add_(step * pods.there.sum(1))
+
+        self.time += step
+        self._lost = pods.pass_time(step)
+        self._busy *= pods.phase >= STARTING
+
+    def _capacity(self, works: Tensor) -> tuple[Tensor, Tensor]:
+        """[E, S, R]. Calls per second that a replica can work on, and the time of one that is alone there.
+
+        A call keeps its slot while it waits for the calls that it makes, so slow services below can leave a
+        replica without a slot to work in.
+        """
+        alone = self._demand / (self._pods.speed() * self._cores.clamp(max=1))
+        by_cores = self._cores.clamp(min=1) / alone
+        by_slots = self._slots / (alone + self._below.unsqueeze(2))
+        return torch.minimum(by_cores, by_slots) * works, alone
+
+    def _shares(self, ready: Tensor, capacity: Tensor, rate: Tensor) -> Tensor:
+        """[E, S, R]. How the balancer spreads calls over ready replicas."""
+        weight = ready.float()
+        if self._routing is not None:
+            routing = self._routing.to(weight).clamp(min=0)
+            routing = torch.where(routing.sum(2, keepdim=True) > 0, routing, 1.0)
+            weight = weight * routing.gather(2, self._pods.node_class)
+        if self.cluster.balancer == "p2c":
+            # As much as they work off, and less where more waits than elsewhere.
+            number = self._pods.number
+            count = ready.sum(2, keepdim=True).clamp(min=1)
+            even = (number * ready).sum(2, keepdim=True) / count
+            busy = rate.unsqueeze(2) / (capacity * ready).sum(2, keepdim=True).clamp(min=_NONE)
+            weight = weight * (capacity * busy - (number - even) / _EVEN_OUT).clamp(min=_NONE)
+        return weight / weight.sum(2, keepdim=True).clamp(min=1e-12)
+
+    def _response(
+        self,
+        total: Tensor,
+        through: Tensor,
+        served: Tensor,
+        alone: Tensor,
+        replicas: Tensor,
+        rate: Tensor,
+        capacity: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """[E, S]. Mean and variance of a call's time in a service itself [s].
+
+        The mean is Little's law. What waits for a slot and what shares the cores vary differently, and what
+        an overload has left over does not vary: all that come together wait alike.
+        """
+        some = through + _NONE
+        own = ((served * alone).sum(2) + _NONE * alone.mean(2)) / some
+        mean = (total + _NONE * own) / some
+        held = total / replicas.clamp(min=1)
+        in_line = (held / (1 + held)) ** self._slots.T
+        line = mean * in_line
+        work = mean - line
+        shared = ((work - own) / work).clamp(0, 1) * (1 - in_line)
+        busy = (rate / capacity.sum(2).clamp(min=_NONE)).clamp(max=_SETTLED)
+        settled = self._cores.T * busy + busy**2 / (1 - busy)
+        random = (settled * replicas / total.clamp(min=_NONE)).clamp(max=1) ** 2
+        variance = work**2 * (self._scv.T + 2 * shared / (2 - shared) * random)
+        variance = variance + line**2 * (2 / in_line.clamp(min=1e-6) - 1) * random
+        apart = served * (self._pods.number / (served + _NONE) - mean.unsqueeze(2)) ** 2
+        return mean, variance + apart.sum(2) / some
+
+    def _count(self, sums: _Sums, outcome: Outcome, offered: Tensor, requests: Tensor, spans: Spans) -> None:
+        """What comes of the requests of a step; sets how many are tried again in the next."""
+        step, paths = self._step, self._paths
+        mean, variance = paths.of_requests(spans.mean), paths.of_requests(spans.variance)
+        answered = requests * (-paths.of_requests(spans.hazard)).exp()
+        scale = torch.log1p(variance / mean.clamp(min=1e-9) ** 2).clamp(min=1e-6)
+        middle, scale = mean.clamp(min=1e-9).log() - scale / 2, scale.sqrt()
+        in_time = _normal((self._deadline.log() - middle) / scale)
+        good = answered * in_time
+        fails = 1 - (good / requests.clamp(min=_NONE)).clamp(0, 1) * (requests > 0)
+
+        tries = sum((fails**n for n in range(1, self.cluster.retries + 1)), torch.zeros_like(fails))
+        self._again = offered * tries.clamp(max=self.cluster.retry_budget)
+        outcome.seconds.add_(step)
+        outcome.offered.add_(step * offered.sum(1))
+        outcome.retried.add_(step * (requests - offered).sum(1))
+        outcome.answered.add_(step * answered.sum(1))
+        outcome.good.add_(step * good.sum(1))
+        outcome.failed.add_(step * (requests - good).sum(1))
+        outcome.latency.add_(step * (answered * mean).sum(1))
+        below = _normal((self._bounds - middle.unsqueeze(2)) / scale.unsqueeze(2))
+        below = (answered.unsqueeze(2) * below).sum(1)
+        ends = (torch.zeros_like(below[:, :1]), below, answered.sum(1, keepdim=True))
+        outcome.latencies.add_(step * torch.cat(ends, 1).diff(dim=1))
+        sums.offered += step * offered
+        sums.tried += step * requests
+        sums.missed += step * (requests - good)
+        sums.answered += step * answered
+        sums.latency += step * answered * mean
+        sums.latency_square += step * answered * (variance + mean**2)
+
+    # -- what is seen ----------------------------------------------------------------------------------------
+
+    def _by_class(self, values: Tensor) -> Tensor:
+        """[E, S, Z]. Sums over the replicas on nodes of each class, of [E, S, R]."""
+        zones = values.new_zeros(*values.shape[:2], len(self.cluster.node_classes))
+        return zones.scatter_add_(2, self._pods.node_class, values)
+
+    def _nothing(self) -> dict[str, Tensor]:
+        zones = len(self.cluster.node_classes)
+        by_service = torch.zeros_like(self._rate)
+        by_zone = by_service.unsqueeze(2).repeat(1, 1, zones)
+        by_request = torch.zeros_like(self._again)
+        services = ("rate", "latency_p50", "latency_p95", "cpu", "memory", "queue", "errors", "measured")
+        return (
+            dict.fromkeys(services, by_service)
+            | dict.fromkeys(("cpu_by_class", "latency_by_class"), by_zone)
+            | dict.fromkeys(("offered", "request_p95", "missed"), by_request)
+        )
+
+    def _measure(self, sums: _Sums) -> dict[str, Tensor]:
+        """A measurement of the interval that ends, with its noise, and NaN where it is lost."""
+        interval, pods = self.cluster.measure.interval, self._pods
+        measured = pods.ready & (pods.timer >= interval)
+        cpu = sums.cpu / (interval * self._cores) * measured
+        counts, count = self._by_class(measured.float()), measured.sum(2).float()
+        mean = sums.span / sums.rate
+        scale = torch.log1p((sums.square / sums.rate / mean**2 - 1).clamp(min=0))
+        middle = mean.log() - scale / 2
+        sample = {
+            "rate": self._noisy(self._counted(sums.rate) / interval),
+            "latency_p50": self._noisy(middle.exp()),
+            "latency_p95": self._noisy((middle + _NORMAL_P95 * scale.sqrt()).exp()),
+            "cpu": self._noisy(cpu.sum(2) / count).clamp(max=1),
+            "memory": torch.where(pods.ready, pods.memory, 0).amax(2),
+            "queue": self._noisy(sums.queue / interval),
+            "errors": self._counted(sums.errors) / interval,
+            "cpu_by_class": self._noisy(self._by_class(cpu) / counts).clamp(max=1),
+            "latency_by_class": self._noisy(sums.own / sums.served),
+            "measured": count,
+        }
+        lost = torch.rand(self._rate.shape, generator=self._generator, device=self._device)
+        lost = lost < self.cluster.measure.missing
+        for name, value in sample.items():
+            value[lost] = 0 if name == "measured" else math.nan
+        return sample | self._of_requests(sums)
+
+    def _of_requests(self, sums: _Sums) -> dict[str, Tensor]:
+        answered = sums.answered
+        mean = sums.latency / answered
+        scale = torch.log1p((sums.latency_square / answered / mean**2 - 1).clamp(min=0))
+        return {
+            "offered": self._counted(sums.offered) / self.cluster.measure.interval,
+            "request_p95": self._noisy((mean.log() - scale / 2 + _NORMAL_P95 * scale.sqrt()).exp()),
+            "missed": sums.missed / sums.tried,
+        }
+
+    def _noisy(self, value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=self._generator, device=self._device)
+        return value * (self.cluster.measure.noise * noise).exp()
+
+    def _counted(self, count: Tensor) -> Tensor:
+        """As many as really came, where so many are expected."""
+        return torch.poisson(count, generator=self._generator)
+
+    def _truth(self) -> Truth:
+        interval = self.cluster.measure.interval
+        ahead = self.traffic.ahead(self.time, interval, AHEAD).to(self._device) @ self._visits
+        queue = self._pods.number.sum(2) + self._rate * self._below
+        return Truth(rate=self._rate.clone(), queue=queue, ahead=ahead)
+
+
+def _normal(value: Tensor) -> Tensor:
+    """The standard normal distribution function."""
+    return torch.special.ndtr(value)
