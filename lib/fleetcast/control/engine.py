@@ -1,8 +1,8 @@
 """The vectorised engine: many environments at once, in steps of a second or a few.
 
 Calls are a fluid: each replica holds a number of them, and works on them by the law of `stations`. Times
-along the call graph are sums of the services' means and variances (`paths`); the latency of a request is taken
-as lognormal with these moments. Replicas and nodes live as in `pods`.
+along the call graph are sums of the services' means and variances (`paths`); the latency of a request is
+taken as lognormal with these moments. Replicas and nodes live as in `pods`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from fleetcast.errors import InputError
 AHEAD = 40
 #: How fast the less busy of two evens out the calls of replicas [s].
 _EVEN_OUT = 2.0
+#: Over how long Little's law takes the pace of a service [s].
+_PACE = 3.0
 #: A rate that counts as none [1/s].
 _NONE = 1e-4
 #: The utilisation up to which a queue counts as random, not as left over.
@@ -117,6 +119,8 @@ class FluidEngine:
         self._passed = torch.ones_like(self._rate)
         self._below = torch.zeros_like(self._rate)
         """Time that a call spends in calls of its own [s]."""
+        self._pace = torch.zeros_like(self._rate)
+        """Calls served, over the last seconds [1/s]."""
         self._lost = torch.zeros_like(self._rate)
         self._again = torch.zeros_like(traffic.rates[:, 0])
         """Attempts after the first [1/s]."""
@@ -194,9 +198,10 @@ class FluidEngine:
         number, self._busy = advance(
             pods.number, arrivals, capacity, self._cores.clamp(min=1), factor, exponent, self._busy, step
         )
+        served = capacity * self._busy
+        number, served = self._hold_back(number, served, flows, share, replicas)
         excess = (number - self._room).clamp(min=0)
         pods.number = number - excess
-        served = capacity * self._busy
 
         total, through = pods.number.sum(2), served.sum(2)
         refused = excess.sum(2) / step + torch.where(replicas.squeeze(2) > 0, 0.0, rate)
@@ -231,16 +236,27 @@ class FluidEngine:
         self._lost = pods.pass_time(step)
         self._busy *= pods.phase >= STARTING
 
-    def _capacity(self, works: Tensor) -> tuple[Tensor, Tensor]:
-        """[E, S, R]. Calls per second that a replica can work on, and the time of one that is alone there.
+    def _hold_back(
+        self, number: Tensor, served: Tensor, flows: Tensor, share: Tensor, replicas: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[E, S, R]. Calls in replicas and served, when what its callers have no slot for stays with them.
 
-        A call keeps its slot while it waits for the calls that it makes, so slow services below can leave a
-        replica without a slot to work in.
+        A call keeps its slot while it waits for the calls that it makes, so a slow service fills its callers.
         """
+        total, through = number.sum(2), served.sum(2)
+        waiting = total + through * self._below
+        passed = flows * self._passed.T.unsqueeze(2)
+        limit = (self._slots * replicas).squeeze(2)
+        leave, back = (of.T for of in self._paths.hold_back(passed, waiting.T, limit.T, self._step))
+        back = torch.minimum(back, self._step * through)
+        kept = 1 - (leave / total.clamp(min=1e-9)).clamp(max=1)
+        done = 1 - back / (self._step * through).clamp(min=1e-9)
+        return number * kept.unsqueeze(2) + back.unsqueeze(2) * share, served * done.unsqueeze(2)
+
+    def _capacity(self, works: Tensor) -> tuple[Tensor, Tensor]:
+        """[E, S, R]. Calls per second that a replica can work on, and the time of one that is alone there."""
         alone = self._demand / (self._pods.speed() * self._cores.clamp(max=1))
-        by_cores = self._cores.clamp(min=1) / alone
-        by_slots = self._slots / (alone + self._below.unsqueeze(2))
-        return torch.minimum(by_cores, by_slots) * works, alone
+        return self._cores.clamp(min=1) / alone * works, alone
 
     def _shares(self, ready: Tensor, capacity: Tensor, rate: Tensor) -> Tensor:
         """[E, S, R]. How the balancer spreads calls over ready replicas."""
@@ -273,8 +289,10 @@ class FluidEngine:
         The mean is Little's law. What waits for a slot and what shares the cores vary differently, and what
         an overload has left over does not vary: all that come together wait alike.
         """
-        some = through + _NONE
-        own = ((served * alone).sum(2) + _NONE * alone.mean(2)) / some
+        fade = math.exp(-self._step / _PACE)
+        self._pace += (1 - fade) * (through - self._pace)
+        some = self._pace + _NONE
+        own = ((served * alone).sum(2) + _NONE * alone.mean(2)) / (through + _NONE)
         mean = (total + _NONE * own) / some
         held = total / replicas.clamp(min=1)
         in_line = (held / (1 + held)) ** self._slots.T
@@ -286,8 +304,10 @@ class FluidEngine:
         random = (settled * replicas / total.clamp(min=_NONE)).clamp(max=1) ** 2
         variance = work**2 * (self._scv.T + 2 * shared / (2 - shared) * random)
         variance = variance + line**2 * (2 / in_line.clamp(min=1e-6) - 1) * random
-        apart = served * (self._pods.number / (served + _NONE) - mean.unsqueeze(2)) ** 2
-        return mean, variance + apart.sum(2) / some
+        apart = (
+            served * (self._pods.number / (served + _NONE) - (total / (through + _NONE)).unsqueeze(2)) ** 2
+        )
+        return mean, variance + apart.sum(2) / (through + _NONE)
 
     def _count(self, sums: _Sums, outcome: Outcome, offered: Tensor, requests: Tensor, spans: Spans) -> None:
         """What comes of the requests of a step; sets how many are tried again in the next."""

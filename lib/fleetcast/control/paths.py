@@ -16,7 +16,7 @@ from fleetcast.control.cluster import Cluster
 
 @dataclass(frozen=True)
 class _Level:
-    """The edges from callers of one depth."""
+    """The edges to services of one depth: all edges to these."""
 
     caller: Tensor
     callee: Tensor
@@ -39,12 +39,12 @@ class Spans:
 
 class Paths:
     def __init__(self, cluster: Cluster, device: torch.device) -> None:
-        depth = cluster.depth[cluster.caller]
+        depth = cluster.depth[cluster.callee]
         self.entry = torch.from_numpy(cluster.entry).to(device)
         self._classes = torch.arange(len(cluster.entry), device=device)
         self._services = len(cluster.names)
         self._levels = []
-        for level in range(int(depth.max(initial=-1)) + 1):
+        for level in range(1, int(depth.max(initial=0)) + 1):
             edges = np.flatnonzero(depth == level)
             calls = torch.from_numpy(cluster.calls[:, edges].T[:, None].astype(np.float32)).to(device)
             self._levels.append(
@@ -78,6 +78,26 @@ class Paths:
             made[1] += level.chance * below[0] ** 2
             of_all.index_add_(1, level.caller, made)
         return Spans(*of_all)
+
+    def hold_back(self, flows: Tensor, number: Tensor, limit: Tensor, step: float) -> tuple[Tensor, Tensor]:
+        """[S, E] each. How many calls leave a service again because its callers have no slots left to wait
+        in, and how many calls come back to a service because it had no slot for them to wait in.
+
+        `number` are the calls at each service and below it, `limit` the slots of its replicas, [S, E]; of
+        `flows` [S, E, K], what each caller passes on per second of this step [s]. Calls that come back have not been worked on yet, and
+        count as many as would have made those that leave.
+        """
+        leave, back = torch.zeros_like(number), torch.zeros_like(number)
+        for level in reversed(self._levels):
+            passed = flows[level.caller]
+            made = (passed * level.calls).sum(2)
+            room, whole = torch.zeros_like(number), torch.zeros_like(number)
+            room.index_add_(0, level.callee, limit[level.caller])
+            whole.index_add_(0, level.callee, made)
+            excess = torch.minimum((number + back - room).clamp(min=0), step * whole)[level.callee]
+            leave[level.callee] = excess
+            back.index_add_(0, level.caller, excess / whole.clamp(min=1e-9)[level.callee] * passed.sum(2))
+        return leave, back
 
     def of_requests(self, spans: Tensor) -> Tensor:
         """[E, K]. Of each class where its requests come in, of [S, E, K]."""
