@@ -8,7 +8,6 @@ taken as lognormal with these moments. Replicas and nodes live as in `pods`.
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from fleetcast.control.cluster import Cluster
 from fleetcast.control.interface import LATENCY_BOUNDS, Action, Observation, Outcome, Truth
+from fleetcast.control.measuring import Measurement, Measuring
 from fleetcast.control.paths import Paths, Spans
-from fleetcast.control.pods import DRAINING, PENDING, STARTING, Pods
+from fleetcast.control.pods import DRAINING, STARTING, Pods
 from fleetcast.control.stations import advance, shape
-from fleetcast.control.traffic import Traffic
+from fleetcast.control.traffic import AHEAD, Traffic
 from fleetcast.errors import InputError
 
-#: Intervals of which `Truth.ahead` tells.
-AHEAD = 40
 #: How fast the less busy of two evens out the calls of replicas [s].
 _EVEN_OUT = 2.0
 #: Over how long Little's law takes the pace of a service [s].
@@ -48,7 +46,7 @@ class _Sums:
     cpu: Tensor
     """[E, S, R]. Cores in use."""
     own: Tensor
-    """[E, S, Z]. Calls in a replica, and calls served [1/s]."""
+    """[E, S, R]. Calls in a replica, and calls served [1/s]."""
     served: Tensor
     offered: Tensor
     """[E, K]."""
@@ -58,14 +56,12 @@ class _Sums:
     latency: Tensor
     latency_square: Tensor
 
-    def __init__(self, environments: int, services: int, places: int, zones: int, classes: int) -> None:
+    def __init__(self, environments: int, services: int, places: int, classes: int) -> None:
         for field in fields(self):
             shape: tuple[int, ...] = (environments, services)
             match field.name:
-                case "cpu":
+                case "cpu" | "own" | "served":
                     shape = (*shape, places)
-                case "own" | "served":
-                    shape = (*shape, zones)
                 case "offered" | "tried" | "missed" | "answered" | "latency" | "latency_square":
                     shape = (environments, classes)
             setattr(self, field.name, torch.zeros(shape))
@@ -125,9 +121,7 @@ class FluidEngine:
         self._again = torch.zeros_like(traffic.rates[:, 0])
         """Attempts after the first [1/s]."""
         self._routing: Tensor | None = None
-        self._samples: deque[dict[str, Tensor]] = deque(
-            maxlen=1 + round(cluster.measure.lag / cluster.measure.interval)
-        )
+        self._measuring = Measuring(cluster, self._pods, self._generator)
 
     # -- what a policy deals with ----------------------------------------------------------------------------
 
@@ -139,9 +133,7 @@ class FluidEngine:
             pods.restart(action.restart)
         pods.scale(action.replicas)
         self._routing = action.routing
-        sums = _Sums(
-            self.environments, *pods.timer.shape[1:], len(self.cluster.node_classes), len(self._deadline)
-        )
+        sums = _Sums(*pods.timer.shape, len(self._deadline))
         zero = torch.zeros(self.environments, device=self._device)
         outcome = Outcome(
             **{field.name: zero.clone() for field in fields(Outcome) if field.name != "latencies"},
@@ -152,30 +144,12 @@ class FluidEngine:
             self._advance(sums, outcome)
         outcome.changes.add_(pods.changes)
         outcome.restarts.add_(pods.restarts)
-        self._samples.append(self._measure(sums))
+        self._measuring.record(self._measured(sums))
         return outcome
 
     def observe(self, truth: bool = False) -> Observation:
         """What there is to see now; `truth` adds what no autoscaler can see."""
-        pods, measure = self._pods, self.cluster.measure
-        ready = pods.ready
-        if len(self._samples) == self._samples.maxlen:
-            sample = self._samples[0]
-        else:
-            sample = {name: torch.full_like(value, math.nan) for name, value in self._nothing().items()}
-            sample["measured"].zero_()
-        return Observation(
-            time=self.time,
-            interval=measure.interval,
-            lag=measure.lag,
-            wanted=pods.wanted.clone(),
-            ready=ready.sum(2).float(),
-            starting=((pods.phase == PENDING) | (pods.phase == STARTING)).sum(2).float(),
-            pending=(pods.phase == PENDING).sum(2).float(),
-            ready_by_class=self._by_class(ready.float()),
-            truth=self._truth() if truth else None,
-            **sample,
-        )
+        return self._measuring.observe(self.time, self._truth() if truth else None)
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -224,8 +198,8 @@ class FluidEngine:
         sums.square += step * rate * (mix * (spans.variance + spans.mean**2)).sum(2).T
         used = served * alone * self._cores.clamp(max=1)
         sums.cpu += step * used
-        sums.own += step * self._by_class(pods.number)
-        sums.served += step * self._by_class(served)
+        sums.own += step * pods.number
+        sums.served += step * served
         outcome.cpu_used.add_(step * used.sum((1, 2)))
         on_node = pods.on_node
         outcome.cpu_allocated.add_(step * (on_node * self._cores).sum((1, 2)))
@@ -290,7 +264,7 @@ class FluidEngine:
         an overload has left over does not vary: all that come together wait alike.
         """
         fade = math.exp(-self._step / _PACE)
-        self._pace += (1 - fade) * (through - self._pace)
+        self._pace += (1 - fade if self.time else 1) * (through - self._pace)
         some = self._pace + _NONE
         own = ((served * alone).sum(2) + _NONE * alone.mean(2)) / (through + _NONE)
         mean = (total + _NONE * own) / some
@@ -342,63 +316,23 @@ class FluidEngine:
 
     # -- what is seen ----------------------------------------------------------------------------------------
 
-    def _by_class(self, values: Tensor) -> Tensor:
-        """[E, S, Z]. Sums over the replicas on nodes of each class, of [E, S, R]."""
-        zones = values.new_zeros(*values.shape[:2], len(self.cluster.node_classes))
-        return zones.scatter_add_(2, self._pods.node_class, values)
-
-    def _nothing(self) -> dict[str, Tensor]:
-        zones = len(self.cluster.node_classes)
-        by_service = torch.zeros_like(self._rate)
-        by_zone = by_service.unsqueeze(2).repeat(1, 1, zones)
-        by_request = torch.zeros_like(self._again)
-        services = ("rate", "latency_p50", "latency_p95", "cpu", "memory", "queue", "errors", "measured")
-        return (
-            dict.fromkeys(services, by_service)
-            | dict.fromkeys(("cpu_by_class", "latency_by_class"), by_zone)
-            | dict.fromkeys(("offered", "request_p95", "missed"), by_request)
+    def _measured(self, sums: _Sums) -> Measurement:
+        interval = self.cluster.measure.interval
+        p50, p95 = _quantiles(sums.span / sums.rate, sums.square / sums.rate)
+        _, request_p95 = _quantiles(sums.latency / sums.answered, sums.latency_square / sums.answered)
+        return Measurement(
+            rate=self._counted(sums.rate) / interval,
+            latency_p50=p50,
+            latency_p95=p95,
+            queue=sums.queue / interval,
+            errors=self._counted(sums.errors) / interval,
+            cores=sums.cpu / interval,
+            own=sums.own / interval,
+            served=sums.served / interval,
+            offered=self._counted(sums.offered) / interval,
+            request_p95=request_p95,
+            missed=sums.missed / sums.tried,
         )
-
-    def _measure(self, sums: _Sums) -> dict[str, Tensor]:
-        """A measurement of the interval that ends, with its noise, and NaN where it is lost."""
-        interval, pods = self.cluster.measure.interval, self._pods
-        measured = pods.ready & (pods.timer >= interval)
-        cpu = sums.cpu / (interval * self._cores) * measured
-        counts, count = self._by_class(measured.float()), measured.sum(2).float()
-        mean = sums.span / sums.rate
-        scale = torch.log1p((sums.square / sums.rate / mean**2 - 1).clamp(min=0))
-        middle = mean.log() - scale / 2
-        sample = {
-            "rate": self._noisy(self._counted(sums.rate) / interval),
-            "latency_p50": self._noisy(middle.exp()),
-            "latency_p95": self._noisy((middle + _NORMAL_P95 * scale.sqrt()).exp()),
-            "cpu": self._noisy(cpu.sum(2) / count).clamp(max=1),
-            "memory": torch.where(pods.ready, pods.memory, 0).amax(2),
-            "queue": self._noisy(sums.queue / interval),
-            "errors": self._counted(sums.errors) / interval,
-            "cpu_by_class": self._noisy(self._by_class(cpu) / counts).clamp(max=1),
-            "latency_by_class": self._noisy(sums.own / sums.served),
-            "measured": count,
-        }
-        lost = torch.rand(self._rate.shape, generator=self._generator, device=self._device)
-        lost = lost < self.cluster.measure.missing
-        for name, value in sample.items():
-            value[lost] = 0 if name == "measured" else math.nan
-        return sample | self._of_requests(sums)
-
-    def _of_requests(self, sums: _Sums) -> dict[str, Tensor]:
-        answered = sums.answered
-        mean = sums.latency / answered
-        scale = torch.log1p((sums.latency_square / answered / mean**2 - 1).clamp(min=0))
-        return {
-            "offered": self._counted(sums.offered) / self.cluster.measure.interval,
-            "request_p95": self._noisy((mean.log() - scale / 2 + _NORMAL_P95 * scale.sqrt()).exp()),
-            "missed": sums.missed / sums.tried,
-        }
-
-    def _noisy(self, value: Tensor) -> Tensor:
-        noise = torch.randn(value.shape, generator=self._generator, device=self._device)
-        return value * (self.cluster.measure.noise * noise).exp()
 
     def _counted(self, count: Tensor) -> Tensor:
         """As many as really came, where so many are expected."""
@@ -409,6 +343,13 @@ class FluidEngine:
         ahead = self.traffic.ahead(self.time, interval, AHEAD).to(self._device) @ self._visits
         queue = self._pods.number.sum(2) + self._rate * self._below
         return Truth(rate=self._rate.clone(), queue=queue, ahead=ahead)
+
+
+def _quantiles(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and 95th percentile of lognormal distributions, by their first two moments."""
+    scale = torch.log1p((square / mean**2 - 1).clamp(min=0))
+    middle = mean.log() - scale / 2
+    return middle.exp(), (middle + _NORMAL_P95 * scale.sqrt()).exp()
 
 
 def _normal(value: Tensor) -> Tensor:

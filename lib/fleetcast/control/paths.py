@@ -83,9 +83,9 @@ class Paths:
         """[S, E] each. How many calls leave a service again because its callers have no slots left to wait
         in, and how many calls come back to a service because it had no slot for them to wait in.
 
-        `number` are the calls at each service and below it, `limit` the slots of its replicas, [S, E]; of
-        `flows` [S, E, K], what each caller passes on per second of this step [s]. Calls that come back have not been worked on yet, and
-        count as many as would have made those that leave.
+        `number` are the calls at each service and below it, `limit` the slots of its replicas, [S, E];
+        `flows` [S, E, K] is what each caller passes on per second of this step [s]. Calls that come back have
+        not been worked on yet, and are as many as would have made those that leave.
         """
         leave, back = torch.zeros_like(number), torch.zeros_like(number)
         for level in reversed(self._levels):

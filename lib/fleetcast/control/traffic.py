@@ -27,6 +27,8 @@ Pattern = Literal["sine", "bursts", "peaks", "flash_crowd", "regimes"]
 Arrivals = Literal["poisson", "mmpp", "negative_binomial"]
 
 HOUR = 3600.0
+#: Intervals of which `Truth.ahead` tells.
+AHEAD = 40
 #: How fast what classes ask for drifts: the deviation of their shares' logarithms, and its time [s].
 _DRIFT, _DRIFT_TIME = 0.15, 2 * HOUR
 #: Two states of arrivals: factors of the rate, and how long each lasts on average [s].
