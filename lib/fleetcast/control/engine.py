@@ -173,6 +173,7 @@ class FluidEngine:
             pods.number, arrivals, capacity, self._cores.clamp(min=1), factor, exponent, self._busy, step
         )
         served = capacity * self._busy
+        gross = served.sum(2)
         number, served = self._hold_back(number, served, flows, share, replicas)
         excess = (number - self._room).clamp(min=0)
         pods.number = number - excess
@@ -183,7 +184,7 @@ class FluidEngine:
         hazard = -torch.log1p(-(errors / (rate + _NONE)).clamp(max=0.999))
         mean, variance = self._response(total, through, served, alone, replicas.squeeze(2), rate, capacity)
         spans = self._paths.spans(mean.T, variance.T, hazard.T)
-        self._passed = torch.where(rate > _NONE, through / rate.clamp(min=_NONE), 1.0).clamp(max=10)
+        self._passed = torch.where(rate > _NONE, gross / rate.clamp(min=_NONE), 1.0).clamp(max=10)
         self._rate = rate
 
         mix = flows / (flows.sum(2, keepdim=True) + _NONE)
@@ -240,12 +241,13 @@ class FluidEngine:
             routing = torch.where(routing.sum(2, keepdim=True) > 0, routing, 1.0)
             weight = weight * routing.gather(2, self._pods.node_class)
         if self.cluster.balancer == "p2c":
-            # As much as they work off, and less where more waits than elsewhere.
-            number = self._pods.number
-            count = ready.sum(2, keepdim=True).clamp(min=1)
+            # Idle ones get alike, busy ones what they can work off; less where more waits than elsewhere.
+            number, can = self._pods.number, capacity * ready
+            count, whole = ready.sum(2, keepdim=True).clamp(min=1), can.sum(2, keepdim=True)
+            busy = (rate.unsqueeze(2) / whole.clamp(min=_NONE)).clamp(max=1)
+            fair = can * busy + whole / count * (1 - busy)
             even = (number * ready).sum(2, keepdim=True) / count
-            busy = rate.unsqueeze(2) / (capacity * ready).sum(2, keepdim=True).clamp(min=_NONE)
-            weight = weight * (capacity * busy - (number - even) / _EVEN_OUT).clamp(min=_NONE)
+            weight = weight * (fair * busy - (number - even) / _EVEN_OUT).clamp(min=_NONE)
         return weight / weight.sum(2, keepdim=True).clamp(min=1e-12)
 
     def _response(

@@ -2,9 +2,9 @@
 
 A call comes to a service, and the balancer names a replica. There it takes a slot, or waits for one, or is
 refused. With a slot it shares the replica's cores with the others until its CPU time is spent; then it makes
-its calls, one after the other; then it answers and gives up its slot. A call that is refused, or lost with its
-replica, fails its caller at once, up to the request. A request that has not been answered by its deadline is
-tried again, while what is left of the first attempt goes on.
+its calls, one after the other; then it answers and gives up its slot. A call that is refused, or lost with
+its replica, fails its caller at once, up to the request. A request that has not been answered by its deadline
+is tried again, while what is left of the first attempt goes on.
 
 Replicas and nodes live as in `pods`, which looks once a second.
 """

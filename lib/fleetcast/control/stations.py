@@ -21,9 +21,9 @@ from torch import Tensor
 
 from fleetcast.control.cluster import Balancer
 
-#: Of a replica among c by the less busy of two: κ is 1 for random choice and falls with c, while a rises as
-#: that of k c^_JOINED cores would. Fitted to the event-driven engine (`benchmarks/control.py --part fit`).
-_SHARED, _JOINED = 0.65, 0.55
+#: By the less busy of two among c replicas, κ falls from that of random choice to this share of it, as
+#: c^−_FALL. Fitted to the event-driven engine (`python -m benchmarks.control --parts balancers`).
+_LEAST, _FALL = 0.2, 1.15
 #: Rounds in which ρ^a is brought up to date within a step.
 _ROUNDS = 2
 
@@ -41,12 +41,12 @@ def shape(
     among = replicas.clamp(min=1)
     match balancer:
         case "random":
-            return (1 + spread) / 2, (2 * (cores + 1)).sqrt().expand_as(busy)
+            factor = (1 + spread) / 2
         case "round_robin":  # every c-th call of a Poisson stream
-            return (1 / among + spread) / 2, (2 * (cores + 1)).sqrt().expand_as(busy)
+            factor = (1 / among + spread) / 2
         case "p2c":
-            joined = cores * among**_JOINED
-            return (1 + spread) / 2 * among**-_SHARED, (2 * (joined + 1)).sqrt()
+            factor = (1 + spread) / 2 * (_LEAST + (1 - _LEAST) * among**-_FALL)
+    return factor, (2 * (cores + 1)).sqrt()
 
 
 def advance(
