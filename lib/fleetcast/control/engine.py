@@ -113,6 +113,8 @@ class FluidEngine:
         self._busy = torch.zeros_like(self._pods.timer)
         self._rate = torch.zeros(environments, services, device=self._device)
         self._passed = torch.ones_like(self._rate)
+        self._flows = self._visits.T.unsqueeze(1).repeat(1, environments, 1)
+        """[S, E, K]. Calls per second by class, of the last step."""
         self._below = torch.zeros_like(self._rate)
         """Time that a call spends in calls of its own [s]."""
         self._pace = torch.zeros_like(self._rate)
@@ -157,12 +159,13 @@ class FluidEngine:
         step, pods, cluster = self._step, self._pods, self.cluster
         offered = self.traffic.at(self.time).to(self._device)
         requests = offered + self._again
-        flows = self._paths.flows(requests, self._passed.T)
-        rate = flows.sum(2).T
-
         ready = pods.ready
-        works = ready | (pods.phase == DRAINING)
-        capacity, alone = self._capacity(works)
+        capacity, alone = self._capacity(ready | (pods.phase == DRAINING))
+        most = self._throttle(requests, capacity, ready)
+        passed = torch.where(most.isinf(), self._passed, most / self._rate.clamp(min=_NONE)).clamp(max=10)
+        self._flows = flows = self._paths.flows(requests, passed.T)
+        rate = flows.sum(2).T
+        capacity = capacity * (most / capacity.sum(2).clamp(min=_NONE)).clamp(max=1).unsqueeze(2)
         share = self._shares(ready, capacity, rate)
         replicas = ready.sum(2, keepdim=True)
         factor, exponent = shape(
@@ -173,8 +176,6 @@ class FluidEngine:
             pods.number, arrivals, capacity, self._cores.clamp(min=1), factor, exponent, self._busy, step
         )
         served = capacity * self._busy
-        gross = served.sum(2)
-        number, served = self._hold_back(number, served, flows, share, replicas)
         excess = (number - self._room).clamp(min=0)
         pods.number = number - excess
 
@@ -184,7 +185,7 @@ class FluidEngine:
         hazard = -torch.log1p(-(errors / (rate + _NONE)).clamp(max=0.999))
         mean, variance = self._response(total, through, served, alone, replicas.squeeze(2), rate, capacity)
         spans = self._paths.spans(mean.T, variance.T, hazard.T)
-        self._passed = torch.where(rate > _NONE, gross / rate.clamp(min=_NONE), 1.0).clamp(max=10)
+        self._passed = torch.where(rate > _NONE, through / rate.clamp(min=_NONE), 1.0).clamp(max=10)
         self._rate = rate
 
         mix = flows / (flows.sum(2, keepdim=True) + _NONE)
@@ -211,22 +212,16 @@ class FluidEngine:
         self._lost = pods.pass_time(step)
         self._busy *= pods.phase >= STARTING
 
-    def _hold_back(
-        self, number: Tensor, served: Tensor, flows: Tensor, share: Tensor, replicas: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[E, S, R]. Calls in replicas and served, when what its callers have no slot for stays with them.
-
-        A call keeps its slot while it waits for the calls that it makes, so a slow service fills its callers.
-        """
-        total, through = number.sum(2), served.sum(2)
-        waiting = total + through * self._below
-        passed = flows * self._passed.T.unsqueeze(2)
-        limit = (self._slots * replicas).squeeze(2)
-        leave, back = (of.T for of in self._paths.hold_back(passed, waiting.T, limit.T, self._step))
-        back = torch.minimum(back, self._step * through)
-        kept = 1 - (leave / total.clamp(min=1e-9)).clamp(max=1)
-        done = 1 - back / (self._step * through).clamp(min=1e-9)
-        return number * kept.unsqueeze(2) + back.unsqueeze(2) * share, served * done.unsqueeze(2)
+    def _throttle(self, requests: Tensor, capacity: Tensor, ready: Tensor) -> Tensor:
+        """[E, S]. Calls per second that a service can finish at most, for the sake of those that it calls."""
+        number, replicas = self._pods.number.sum(2), ready.sum(2)
+        # Without a replica calls are refused at once, and hold up nobody.
+        whole = torch.where(replicas > 0, capacity.sum(2), torch.inf)
+        held = number + self._pace * self._below
+        slots = self._slots.squeeze(1) * replicas
+        return self._paths.throttle(
+            requests, self._flows, whole.T, number.T, held.T, slots.T.float(), self._step
+        ).T
 
     def _capacity(self, works: Tensor) -> tuple[Tensor, Tensor]:
         """[E, S, R]. Calls per second that a replica can work on, and the time of one that is alone there."""

@@ -79,25 +79,43 @@ class Paths:
             of_all.index_add_(1, level.caller, made)
         return Spans(*of_all)
 
-    def hold_back(self, flows: Tensor, number: Tensor, limit: Tensor, step: float) -> tuple[Tensor, Tensor]:
-        """[S, E] each. How many calls leave a service again because its callers have no slots left to wait
-        in, and how many calls come back to a service because it had no slot for them to wait in.
+    def throttle(
+        self,
+        requests: Tensor,
+        flows: Tensor,
+        capacity: Tensor,
+        number: Tensor,
+        held: Tensor,
+        slots: Tensor,
+        step: float,
+    ) -> Tensor:
+        """[S, E]. Calls per second that a service can at most finish, as what it calls takes no more from it;
+        infinite where nothing stands in the way.
 
-        `number` are the calls at each service and below it, `limit` the slots of its replicas, [S, E];
-        `flows` [S, E, K] is what each caller passes on per second of this step [s]. Calls that come back have
-        not been worked on yet, and are as many as would have made those that leave.
+        A call keeps its slot while it waits for the calls that it makes. So a service takes from its callers
+        what it works off (`capacity`), and in two steps only so many more as they have `slots` for, of which
+        `held` are taken by calls at it and below it. Where callers could send more than that in a `step` [s], with the
+        `number` that waits at them, all of them send less, in the mix of their last `flows` [S, E, K].
+        All others [S, E].
         """
-        leave, back = torch.zeros_like(number), torch.zeros_like(number)
-        for level in reversed(self._levels):
-            passed = flows[level.caller]
-            made = (passed * level.calls).sum(2)
-            room, whole = torch.zeros_like(number), torch.zeros_like(number)
-            room.index_add_(0, level.callee, limit[level.caller])
-            whole.index_add_(0, level.callee, made)
-            excess = torch.minimum((number + back - room).clamp(min=0), step * whole)[level.callee]
-            leave[level.callee] = excess
-            back.index_add_(0, level.caller, excess / whole.clamp(min=1e-9)[level.callee] * passed.sum(2))
-        return leave, back
+        arriving, room = torch.zeros_like(number), torch.zeros_like(number)
+        arriving.index_add_(0, self.entry, requests.T)
+        made = []
+        for level in self._levels:
+            of_caller = flows[level.caller]
+            made.append((of_caller * level.calls).sum(2) / of_caller.sum(2).clamp(min=1e-9))
+            able = torch.minimum(capacity, arriving + number / step)[level.caller]
+            arriving.index_add_(0, level.callee, able * made[-1])
+            room.index_add_(0, level.callee, slots[level.caller] * (made[-1] > 0))
+        able = torch.minimum(capacity, arriving + number / step)
+        most = torch.full_like(number, torch.inf)
+        room = (room - held) / (2 * step)
+        for level, calls in zip(reversed(self._levels), reversed(made), strict=True):
+            takes = (torch.minimum(most, capacity) + room).clamp(min=0)
+            share = (takes / arriving.clamp(min=1e-9))[level.callee]
+            bound = torch.where((share < 1) & (calls > 0), share * able[level.caller], torch.inf)
+            most.scatter_reduce_(0, level.caller.unsqueeze(1).expand_as(bound), bound, "amin")
+        return most
 
     def of_requests(self, spans: Tensor) -> Tensor:
         """[E, K]. Of each class where its requests come in, of [S, E, K]."""
