@@ -94,9 +94,9 @@ class Paths:
 
         A call keeps its slot while it waits for the calls that it makes. So a service takes from its callers
         what it works off (`capacity`), and in two steps only so many more as they have `slots` for, of which
-        `held` are taken by calls at it and below it. Where callers could send more than that in a `step` [s], with the
-        `number` that waits at them, all of them send less, in the mix of their last `flows` [S, E, K].
-        All others [S, E].
+        `held` are taken by calls at it and below it. Where callers could send more than that in a `step` [s],
+        with the `number` that waits at them, all of them send less, in the mix of their last `flows`
+        [S, E, K]. All others [S, E].
         """
         arriving, room = torch.zeros_like(number), torch.zeros_like(number)
         arriving.index_add_(0, self.entry, requests.T)
