@@ -116,7 +116,7 @@ def replay(series: pl.DataFrame, options: TrafficOptions, cluster: Cluster, envi
 
 def constant(rate: float, *, seconds: float, step: float = 5, environments: int = 1) -> Traffic:
     """The same rate of one class all the time."""
-    return Traffic(torch.full((environments, max(1, round(seconds / step)), 1), rate), step)
+    return Traffic(torch.full((environments, max(1, round(seconds / step)), 1), float(rate)), step)
 
 
 def _spread(
