@@ -287,7 +287,7 @@ def chain(
     most = max_replicas or replicas
     return Cluster(
         names=tuple(f"worker-{number}" for number in range(count)),
-        kinds=("worker",) * count,
+        kinds=tuple("worker" for _ in range(count)),
         caller=np.arange(count - 1),
         callee=np.arange(1, count),
         calls=np.ones((1, count - 1)),
@@ -321,7 +321,8 @@ def _kinds(options: ClusterOptions) -> list[Kind]:
     gateways = min(max(1, count // 25), options.classes)
     caches, stores = max(1, count // 6), max(1, count // 6)
     workers = count - gateways - caches - stores
-    return ["gateway"] * gateways + ["worker"] * workers + ["cache"] * caches + ["store"] * stores
+    numbers: dict[Kind, int] = {"gateway": gateways, "worker": workers, "cache": caches, "store": stores}
+    return [kind for kind, number in numbers.items() for _ in range(number)]
 
 
 def _edges(kinds: list[Kind], random: np.random.Generator) -> tuple[Ints, Ints]:

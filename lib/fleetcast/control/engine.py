@@ -130,12 +130,13 @@ class FluidEngine:
     def step(self, action: Action) -> Outcome:
         """Lets one decision interval pass."""
         pods = self._pods
-        pods.changes.zero_(), pods.restarts.zero_()
+        pods.changes.zero_()
+        pods.restarts.zero_()
         if action.restart is not None:
             pods.restart(action.restart)
         pods.scale(action.replicas)
         self._routing = action.routing
-        sums = _Sums(*pods.timer.shape, len(self._deadline))
+        sums = _Sums(self.environments, pods.timer.shape[1], pods.timer.shape[2], len(self._deadline))
         zero = torch.zeros(self.environments, device=self._device)
         outcome = Outcome(
             **{field.name: zero.clone() for field in fields(Outcome) if field.name != "latencies"},

@@ -221,7 +221,7 @@ class Environments:
         return services.nan_to_num(0).clamp(max=_LARGEST), requests.nan_to_num(0).clamp(max=_LARGEST)
 
 
-class ClusterEnv(gymnasium.Env[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]):
+class ClusterEnv(gymnasium.Env[Any, Any]):
     """One environment by Gymnasium's API, with `Environments` inside.
 
     `info` holds `mask` [S, C], and after a step `outcome`: sums of `Outcome` by name.

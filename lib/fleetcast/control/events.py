@@ -139,7 +139,8 @@ class EventEngine:
     def step(self, action: Action) -> Outcome:
         """Lets one decision interval pass."""
         life, interval = self._life, self.cluster.measure.interval
-        life.changes.zero_(), life.restarts.zero_()
+        life.changes.zero_()
+        life.restarts.zero_()
         self._clear()
         if action.restart is not None:
             life.restart(action.restart)
@@ -370,7 +371,9 @@ class EventEngine:
     def _lose(self, pod: _Pod) -> None:
         pod.version += 1
         lost = [*pod.calls, *pod.waiting]
-        pod.calls.clear(), pod.waiting.clear(), pod.work.clear()
+        pod.calls.clear()
+        pod.waiting.clear()
+        pod.work.clear()
         for call in lost:
             call.pod = None
         for call in lost:

@@ -104,7 +104,7 @@ def servers_for(rate: float, service: float, quantile: float, limit: float) -> i
 def traffic(outside: Floats, routing: Floats) -> Floats:
     """[S]. λ = γ(I − P)⁻¹: arrivals of each station, of those from outside [S] and the mean number of calls
     from station to station [S, S]."""
-    return np.linalg.solve((np.eye(len(outside)) - routing).T, outside)
+    return np.linalg.solve((np.eye(len(outside)) - routing).T, outside).astype(np.float64)
 
 
 def visit_ratios(entry: Ints, caller: Ints, callee: Ints, calls: Floats, services: int) -> Floats:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -22,7 +22,7 @@ from fleetcast.config import Options
 from fleetcast.control.cluster import Cluster
 from fleetcast.errors import InputError
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 Pattern = Literal["sine", "bursts", "peaks", "flash_crowd", "regimes"]
 Arrivals = Literal["poisson", "mmpp", "negative_binomial"]
 
