@@ -32,6 +32,9 @@ Part = Literal["validation", "speed", "balancers"]
 _NO_FAULTS = FaultOptions(crash_rate=0, leak_rate=0, slow_rate=0)
 #: How many times faster than real time 64 environments of 25 services shall go.
 _GOAL = 50
+#: Numbers that make up the state of a replica (phase, timer, node, memory, leak, calls, utilisation), and
+#: powers that its law takes in a step.
+_STATE, _POWERS = 7, 3
 #: Intervals before a cluster at rest counts as settled.
 _SETTLES = 4
 
@@ -304,27 +307,48 @@ def speed(config: Config) -> None:
         if (services, environments) == (25, 64):
             reached = "reached" if np.median(factor) >= _GOAL else "NOT reached"
         each = [1e6 * one / cluster.measure.interval / services / environments for one in seconds]
-        rows.append((f"{services} × {environments}", spread_of(factor, 0), spread_of(each)))
+        least = 1 / _least(engine)
+        rows.append((f"{services} × {environments}", spread_of(factor, 0), spread_of(each), f"{least:,.0f}"))
     table(
         "The vectorised engine, steps of 1 s, scaled by a rule",
-        ("services × environments", "times real time", "µs per service, environment and second"),
+        (
+            "services × environments",
+            "times real time",
+            "µs per service, environment and second",
+            "floor, times real time",
+        ),
         rows,
+        "The floor of a step: the state of all replicas read and written once, and the three powers that the "
+        f"law of a replica takes, as torch does them here. "
         f"Goal: {_GOAL} times real time at 25 × 64: {reached}. {config.threads} thread(s). {machine()}.",
     )
-    rows = []
+    paces = []
     for services, rate in ((25, 100.0), (25, 1000.0), (100, 100.0)):
         cluster = generate(ClusterOptions(services=services, rate=rate))
         events = EventEngine(cluster, _steady(cluster, 1))
         seconds = [_pace(events, 3) for _ in range(config.repetitions)]
         calls = rate * float((cluster.share @ cluster.visits).sum()) * cluster.measure.interval
-        rows.append(
+        paces.append(
             (
                 f"{services} services, {rate:.0f} requests/s",
                 spread_of([cluster.measure.interval / one for one in seconds], 1),
                 spread_of([calls / one for one in seconds], 0),
             )
         )
-    table("The event-driven engine", ("cluster", "times real time", "calls per second of computing"), rows)
+    table("The event-driven engine", ("cluster", "times real time", "calls per second of computing"), paces)
+
+
+def _least(engine: FluidEngine) -> float:
+    """Seconds of the least that a step can be made of."""
+    shape = (engine.environments, len(engine.cluster.names), int(engine.cluster.max_replicas.max()))
+    state, powers = [torch.rand(shape) for _ in range(_STATE)], torch.rand(shape)
+    start, count = time.perf_counter(), 50
+    for _ in range(count):
+        for one in state:
+            one += 1
+        for _ in range(_POWERS):
+            powers = powers**1.1
+    return (time.perf_counter() - start) / count
 
 
 def _pace(engine: Engine, least: float) -> float:

@@ -32,9 +32,9 @@ def test_a_request_makes_some_calls_however_many_services_there_are(services: in
 def test_out_degrees_are_heavy_tailed_and_a_few_services_are_shared() -> None:
     cluster = _cluster(500)
     out, into = np.bincount(cluster.caller, minlength=500), np.bincount(cluster.callee, minlength=500)
-    assert out.max() > 10 * np.median(out)
+    assert out.max() > 8 * np.median(out[out > 0])
     assert np.median(into) <= 3
-    assert 5 <= (into > 10 * np.median(into)).sum() <= 30
+    assert 2 <= (into > 10 * np.median(into)).sum() <= 10
     assert cluster.depth.max() <= 7
 
 

@@ -330,7 +330,7 @@ def _edges(kinds: list[Kind], random: np.random.Generator) -> tuple[Ints, Ints]:
     last few workers by many more. A cache stands before a store, and workers call either."""
     of = {kind: [number for number, one in enumerate(kinds) if one == kind] for kind in _DEMAND}
     gateways, workers = of["gateway"], of["worker"]
-    hot = workers[len(workers) - max(1, len(workers) // 15) :]
+    hot = workers[len(workers) - max(1, round(len(workers) ** 0.5 / 4)) :]
     out, depth = np.zeros(len(kinds)), np.zeros(len(kinds), int)
     edges: set[tuple[int, int]] = set()
 

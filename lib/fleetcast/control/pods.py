@@ -237,7 +237,8 @@ class Pods:
         placed = torch.zeros_like(pending)
         rows = torch.arange(len(envs), device=self._device)
         left = torch.where(phase == PENDING, waited, -1)
-        lacking = torch.zeros(len(envs), device=self._device)
+        cores = self._cores.repeat_interleave(most)
+        lacking = torch.zeros_like(left, dtype=torch.bool)
         for _ in range(_PLACED):
             one = left.argmax(1)
             waits = left[rows, one] >= 0
@@ -249,12 +250,16 @@ class Pods:
             fits = waits & (share[rows, node] >= 0)
             free[rows[fits], node[fits]] -= need[fits]
             left[rows, one] = -1
+            # Where one does not fit, none of its size will.
+            large = (cores >= need.unsqueeze(1)) & (waits & ~fits).unsqueeze(1) & (left >= 0)
+            lacking |= large
+            lacking[rows, one] |= waits & ~fits
+            left[large] = -1
             at = (envs[fits], one[fits] // most, one[fits] % most)
             placed[at] = True
             self.node[at] = node[fits]
-            lacking += need * (waits & ~fits)
         coming = torch.where(self.coming[envs] < math.inf, self._node_cores, 0).sum(1)
-        self._ask_for_node(envs[lacking > coming])
+        self._ask_for_node(envs[(lacking * cores).sum(1) > coming])
         self._start(placed)
         return bool(placed.any())
 

@@ -23,7 +23,7 @@ from fleetcast.control.cluster import Balancer
 
 #: By the less busy of two among c replicas, κ falls from that of random choice to this share of it, as
 #: c^−_FALL. Fitted to the event-driven engine (`python -m benchmarks.control --parts balancers`).
-_LEAST, _FALL = 0.2, 1.15
+_LEAST, _FALL = 0.17, 0.94
 #: Rounds in which ρ^a is brought up to date within a step.
 _ROUNDS = 2
 
