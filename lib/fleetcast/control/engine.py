@@ -56,7 +56,9 @@ class _Sums:
     latency: Tensor
     latency_square: Tensor
 
-    def __init__(self, environments: int, services: int, places: int, classes: int) -> None:
+    def __init__(
+        self, environments: int, services: int, places: int, classes: int, device: torch.device
+    ) -> None:
         for field in fields(self):
             shape: tuple[int, ...] = (environments, services)
             match field.name:
@@ -64,7 +66,7 @@ class _Sums:
                     shape = (*shape, places)
                 case "offered" | "tried" | "missed" | "answered" | "latency" | "latency_square":
                     shape = (environments, classes)
-            setattr(self, field.name, torch.zeros(shape))
+            setattr(self, field.name, torch.zeros(shape, device=device))
 
 
 class FluidEngine:
@@ -136,7 +138,8 @@ class FluidEngine:
             pods.restart(action.restart)
         pods.scale(action.replicas)
         self._routing = action.routing
-        sums = _Sums(self.environments, pods.timer.shape[1], pods.timer.shape[2], len(self._deadline))
+        environments, services, places = pods.timer.shape
+        sums = _Sums(environments, services, places, len(self._deadline), self._device)
         zero = torch.zeros(self.environments, device=self._device)
         outcome = Outcome(
             **{field.name: zero.clone() for field in fields(Outcome) if field.name != "latencies"},

@@ -145,11 +145,12 @@ class Outcome:
         """[E]. The latency below which this share of the answered attempts stays [s]; NaN without any."""
         counts = self.latencies.double().cumsum(1)
         total = counts[:, -1:]
-        place = torch.searchsorted(counts, q * total).clamp(max=len(LATENCY_BOUNDS) - 1)
-        low = LATENCY_BOUNDS[(place - 1).clamp(min=0)] * (place > 0)
+        bounds = LATENCY_BOUNDS.to(counts.device)
+        place = torch.searchsorted(counts, q * total).clamp(max=len(bounds) - 1)
+        low = bounds[(place - 1).clamp(min=0)] * (place > 0)
         below = counts.gather(1, (place - 1).clamp(min=0)) * (place > 0)
         within = (q * total - below) / (counts.gather(1, place) - below)
-        value = low + (LATENCY_BOUNDS[place] - low) * within.clamp(0, 1)
+        value = low + (bounds[place] - low) * within.clamp(0, 1)
         return torch.where(total > 0, value, torch.nan).squeeze(1).float()
 
 
