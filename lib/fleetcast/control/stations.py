@@ -42,8 +42,11 @@ def shape(
     match balancer:
         case "random":
             factor = (1 + spread) / 2
-        case "round_robin":  # every c-th call of a Poisson stream
-            factor = (1 / among + spread) / 2
+        case "round_robin":  # every c-th call of a Poisson stream; Krämer and Langenbach-Belz's correction
+            apart = 1 / among
+            idle = (1 - busy) / busy.clamp(min=1e-3)
+            calm = (-2 / 3 * idle * (1 - apart) ** 2 / (apart + spread)).exp()
+            factor = (apart + spread) / 2 * calm
         case "p2c":
             factor = (1 + spread) / 2 * (_LEAST + (1 - _LEAST) * among**-_FALL)
     return factor, (2 * (cores + 1)).sqrt()
