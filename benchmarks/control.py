@@ -258,12 +258,12 @@ def _at_rest(config: Config) -> None:
 def _in_motion(config: Config) -> None:
     """With a rule that scales, cold replicas, crashes, leaks, slow nodes and bursts of requests."""
     rows = []
-    options = ClusterOptions(services=12, rate=100, min_replicas=2)
+    options = ClusterOptions(services=12, rate=50, min_replicas=2)
     faults = FaultOptions(crash_rate=0.5, leak_rate=0.5, slow_rate=0.5)
     cases: tuple[tuple[str, traffic.Pattern, FaultOptions, int, int], ...] = (
         ("wave", "sine", _NO_FAULTS, 2, 2), ("bursts", "bursts", _NO_FAULTS, 2, 2),
         ("flash crowd", "flash_crowd", _NO_FAULTS, 2, 2),
-        ("wave, many faults", "sine", faults, 8, 64),
+        ("wave, many faults", "sine", faults, 6, 60),
     )  # fmt: skip
     for name, pattern, fails, of_events, of_fluid in cases:
         cluster = generate(options.model_copy(update={"faults": fails}))
@@ -282,7 +282,7 @@ def _in_motion(config: Config) -> None:
         "Clusters of 12 services in motion, scaled by a rule, for half an hour",
         _COMPARED,
         rows,
-        "Two runs each; with faults 8 and 64. Start-up times, faults and lost measurements are drawn anew in "
+        "Two runs each; with faults 6 and 60. Start-up times, faults and lost measurements are drawn anew in "
         "each engine.",
     )
 

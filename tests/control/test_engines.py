@@ -32,7 +32,7 @@ _EXACT = MeasureOptions(noise=0, missing=0)
 def _settled(make: type[Engine], cluster: Cluster, rates: Traffic, intervals: int) -> Outcome:
     """What came of some intervals after the first four. One environment of the vectorised engine settles soon
     and has no chance in it."""
-    intervals = 20 if make is FLUID else intervals
+    intervals = min(intervals, 20) if make is FLUID else intervals
     return total(run(make(cluster, rates), Keep(), 4 + intervals)[4:])
 
 
@@ -53,7 +53,7 @@ def _mean(outcome: Outcome) -> float:
 def test_one_core_that_is_shared_does_not_mind_how_calls_vary(
     make: type[Engine], cv: float, busy: float
 ) -> None:
-    got = _mean(_settled(make, chain([0.05], cv=cv), traffic.constant(busy / 0.05, seconds=5), 200))
+    got = _mean(_settled(make, chain([0.05], cv=cv), traffic.constant(busy / 0.05, seconds=5), 120))
     tolerance = 0.01 if make is FLUID else 0.08
     assert got == pytest.approx(queueing.ps_response(busy / 0.05, 0.05), rel=tolerance)
 
@@ -62,7 +62,7 @@ def test_one_core_that_is_shared_does_not_mind_how_calls_vary(
 def test_one_core_first_come_first_served_minds(make: type[Engine]) -> None:
     """Pollaczek and Khinchine's mean."""
     cluster = chain([0.05], cv=2, slots=1)
-    got = _mean(_settled(make, cluster, traffic.constant(12, seconds=5), 200))
+    got = _mean(_settled(make, cluster, traffic.constant(12, seconds=5), 150))
     expected = 0.05 + queueing.allen_cunneen_wait(1, 12, 0.05, arrival_scv=1, service_scv=4)
     assert got == pytest.approx(expected, rel=0.02 if make is FLUID else 0.15)
 
@@ -71,7 +71,7 @@ def test_one_core_first_come_first_served_minds(make: type[Engine]) -> None:
 @pytest.mark.parametrize(("cores", "busy"), [(4, 0.8), (16, 0.9)])
 def test_many_cores_are_erlangs(make: type[Engine], cores: int, busy: float) -> None:
     rate = busy * cores / 0.1
-    got = _mean(_settled(make, chain([0.1], cores=cores), traffic.constant(rate, seconds=5), 50))
+    got = _mean(_settled(make, chain([0.1], cores=cores), traffic.constant(rate, seconds=5), 30))
     assert got == pytest.approx(0.1 + queueing.mmc_wait(cores, rate, 0.1), rel=0.02 if make is FLUID else 0.1)
 
 

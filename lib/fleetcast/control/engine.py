@@ -122,7 +122,7 @@ class FluidEngine:
         self._pace = torch.zeros_like(self._rate)
         """Calls served, over the last seconds [1/s]."""
         self._lost = torch.zeros_like(self._rate)
-        self._again = torch.zeros_like(traffic.rates[:, 0])
+        self._again = torch.zeros_like(traffic.rates[:, 0], device=self._device)
         """Attempts after the first [1/s]."""
         self._routing: Tensor | None = None
         self._measuring = Measuring(cluster, self._pods, self._generator)
@@ -135,8 +135,8 @@ class FluidEngine:
         pods.changes.zero_()
         pods.restarts.zero_()
         if action.restart is not None:
-            pods.restart(action.restart)
-        pods.scale(action.replicas)
+            pods.restart(action.restart.to(self._device))
+        pods.scale(action.replicas.to(self._device))
         self._routing = action.routing
         environments, services, places = pods.timer.shape
         sums = _Sums(environments, services, places, len(self._deadline), self._device)
