@@ -286,8 +286,8 @@ def _scaled(options: ClusterOptions, room: str, with_faults: int) -> None:
         f"Clusters of 12 services in motion, scaled by a rule, {room}, for half an hour",
         _COMPARED,
         rows,
-        f"Two runs each; with faults {with_faults} and 60. Start-up times, faults and lost measurements are drawn "
-        "anew in each engine.",
+        f"Two runs each; with faults {with_faults} and 60. Start-up times, faults and lost measurements are "
+        "drawn anew in each engine.",
     )
 
 
