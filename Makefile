@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: help demo demo-prometheus serve test test-slow test-all check format bench bench-models bench-serve bench-scale clean
+.PHONY: help demo demo-prometheus serve test test-slow test-all check format bench bench-models bench-serve bench-control bench-scale clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ bench-models: $(VENV)/.dev  ## time and memory of a training step of every model
 
 bench-serve: $(VENV)/.dev  ## the running server under load: stored and live forecasts, reload (needs wrk)
 	$(BIN)/python -m benchmarks.serving
+
+bench-control: $(VENV)/.dev  ## the simulator of clusters: against closed forms, both engines, speed
+	$(BIN)/python -m benchmarks.control
 
 bench-scale: $(VENV)/.dev  ## large traces: Ray's share, archives, streaming, DDP, 4,000 machines, 3·10⁸ rows
 	$(BIN)/python benchmarks/run.py --scale
