@@ -62,7 +62,7 @@ def windows_of(
     clashes with what is given.
     """
     if table is None:
-        trace = None if telemetry is None else TRACES.get(telemetry["settings"]["trace"])
+        trace = TRACES.get((telemetry or {}).get("settings", {}).get("trace", ""))
         metrics = None if trace is None else trace.shown.get(given.level)
         return given.resolve({} if metrics is None else {"metrics": metrics})
     assert telemetry is not None, "a table is loaded first"
