@@ -42,10 +42,12 @@ class PlanOptions(Options):
     """Of a node and hour [US$]; m7i.4xlarge on demand in us-west-2. Spot is about 40 % of it."""
     put_price: float = Field(5e-6, ge=0)
     """Of an object written [US$]."""
+    get_price: float = Field(4e-7, ge=0)
+    """Of a range read [US$]."""
     network: float = Field(600, gt=0)
     """What a node reads from S3 in the long run [MB/s]."""
-    puts: float = Field(3_500, gt=0)
-    """Objects that S3 takes a second below one prefix."""
+    gets: float = Field(5_500, gt=0)
+    """Ranges that S3 gives a second below one prefix."""
     rates: Rates = Rates()
     """Of one core."""
 
@@ -104,6 +106,9 @@ MICROSERVICES_2022 = Trace(
     ),
 )
 _CHUNK_MB, _BUCKET_GB, _MOST_BUCKETS = 128, 5, 100
+#: Files that a chunk writes: parts of two products and a receipt. Requests for a row group of one: its size,
+#: its footer, where that is, the group's head and its columns.
+_FILES, _REQUESTS = 3, 5
 
 
 def main(config: Config) -> None:
@@ -124,24 +129,27 @@ def plan(config: Config, trace: Trace) -> None:
     csv = sum(t.csv_gb for t in trace.tables)
     buckets = max(1, min(_MOST_BUCKETS, round(csv / _BUCKET_GB)))
     chunks = sum(1e3 * t.csv_gb / _CHUNK_MB if t.archives == 1 else t.archives for t in trace.tables)
-    objects = chunks * trace.days * buckets
+    objects = _FILES * chunks
+    requests = _REQUESTS * chunks * trace.days * buckets
     rows = []
     for nodes in config.nodes:
         serial, parallel = longest if indexed else 0, (core_seconds - indexed) / (nodes * config.cores)
         limits = {
             "cores" if parallel > serial else "index of the longest archive": serial + parallel,
             "network of the nodes": 1e3 * packed * (2 if indexed else 1) / (nodes * config.network),
-            "objects that S3 takes": objects / config.puts,
+            "ranges of parts that S3 gives": requests / config.gets,
         }
         what, seconds = max(limits.items(), key=lambda item: item[1])
-        cost = nodes * config.price * seconds / 3600 + objects * config.put_price
+        asked = objects * config.put_price + requests * config.get_price
+        cost = nodes * config.price * seconds / 3600 + asked
         rows.append([str(nodes), str(nodes * config.cores), f"{seconds / 3600:.2f}", f"{cost:,.0f} $", what])
     table(
         f"{trace.name}: {packed:,.0f} GB packed, {csv:,.0f} GB of csv",
         ["nodes", "cores", "hours", "cost", "limit"],
         rows,
         f"{core_seconds / 3600:,.0f} core hours; {longest / 60:,.0f} min to index the longest archive on one "
-        f"core; {buckets} buckets, {objects:,.0f} parts at most.",
+        f"core; {buckets} buckets, {objects:,.0f} files of parts and receipts, at most {requests:,.0f} "
+        "requests for parts.",
     )
 
 

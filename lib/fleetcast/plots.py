@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 import matplotlib
 import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -26,6 +27,8 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MODEL = PALETTE[0]
 OBSERVED = "#333333"
 QUIET = "#8a8f98"
+#: What tells shaded stretches of different names apart.
+_HATCHES = ("", "///", "...", "xxx")
 
 STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
@@ -94,6 +97,21 @@ def fan(
         axes.fill_between(
             time, np.asarray(low), np.asarray(high), color=color, alpha=shade, lw=0, label=label
         )
+
+
+def shade(axes: Axes, spans: Iterable[tuple[str, datetime, datetime]]) -> None:
+    """Stretches of UTC time (name, start, end) behind what is drawn, cut off where it ends; each name once in
+    the legend."""
+    low, high = axes.get_xlim()
+    hatches: dict[str, str] = {}
+    for name, start, end in spans:
+        left, right = max(date2num(start), low), min(date2num(end), high)
+        if left >= right:
+            continue
+        label = None if name in hatches else name
+        hatch = hatches.setdefault(name, _HATCHES[len(hatches) % len(_HATCHES)])
+        axes.axvspan(left, right, facecolor="0.92", edgecolor="0.7", hatch=hatch, lw=0, zorder=0, label=label)
+    axes.set_xlim(low, high)
 
 
 def legend(figure: Figure, axes: Axes, columns: int = 4) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pyarrow as pa
 
 #: What each metric means. A source that has no capacity to divide by says so in its own file.
@@ -17,19 +19,52 @@ METRICS: dict[str, str] = {
     "request_rate": "requests, 1/s",
     "latency": "response time, s",
 }
+#: Calls of other types, as the names of their rates and latencies end.
+METRICS |= {
+    name: words
+    for ending, calls in {
+        "_http": "http requests",
+        "_mq": "messages received",
+        "_out": "calls made",
+        "_mq_out": "messages sent",
+        "_cache_read": "reads of caches",
+        "_cache_write": "writes to caches",
+        "_db_read": "reads of databases",
+        "_db_write": "writes to databases",
+    }.items()
+    for name, words in {
+        f"request_rate{ending}": f"{calls}, 1/s",
+        f"latency{ending}": f"response time of {calls}, s",
+    }.items()
+}
 #: Metrics that lie in [0, 1] where the source divides by capacity.
 FRACTIONS = frozenset({"cpu", "memory", "disk_io", "net_in", "net_out", "memory_bandwidth"})
 
 
-def describe(metric: str) -> str:
-    """A metric in words with its unit; `cpu_max` as the maximum within the bin."""
-    words = METRICS.get(metric.removesuffix("_max"), metric)
+def adds_up(metric: str) -> bool:
+    """Whether a service's is the sum of its containers', not their mean; a sum of maxima is a bound."""
+    return metric.startswith("request_rate")
+
+
+def has_total(metric: str) -> bool:
+    """Whether a sum over entities means anything: of times and of ratios it does not."""
+    return not metric.startswith(("latency", "cpi", "mpki"))
+
+
+def describe(metric: str, normalised: Collection[str] = ()) -> str:
+    """A metric in words with its unit, which a `normalised` one has not; `cpu_max` as the maximum within the
+    bin."""
+    name = metric.removesuffix("_max")
+    words = METRICS.get(name, name)
+    if name in normalised:
+        words = f"{words.rsplit(', ', 1)[0]}, normalised over the trace"
     return f"highest {words}" if metric.endswith("_max") else words
 
 
-def describe_total(metric: str) -> str:
+def describe_total(metric: str, normalised: Collection[str] = ()) -> str:
     """The sum of a metric over entities: fractions of a capacity add up to whole capacities."""
-    return "total " + describe(metric).replace("fraction of capacity", "1 = one entity's capacity")
+    words = describe(metric, normalised)
+    return "total " + words.replace("fraction of capacity", "1 = one entity's capacity")
 
 
 DEPENDENCY_KINDS = ("call", "batch", "colocation", "correlation")

@@ -278,16 +278,19 @@ class Store:
                 writer.write_table(whole.slice(low, high - low))
 
     def read_row_groups(self, groups: Sequence[tuple[str, int]]) -> pa.Table:
-        """The rows of groups, each named by its file and number there, in their order; of one or more."""
+        """The rows of groups, each named by its file and number there, in their order; of one or more. A
+        column that a file does not have is null."""
 
-        def read(group: tuple[str, int]) -> pa.RecordBatch:
+        def read(group: tuple[str, int]) -> pa.Table:
             with self.arrow_fs.open_input_file(self.path(group[0])) as file:
-                return pa.ipc.open_file(file).get_batch(group[1])
+                return pa.Table.from_batches([pa.ipc.open_file(file).get_batch(group[1])])
 
         if self.local:
-            return pa.Table.from_batches(map(read, groups))
-        with ThreadPoolExecutor(_CONNECTIONS) as threads:
-            return pa.Table.from_batches(threads.map(read, groups))
+            found = list(map(read, groups))
+        else:
+            with ThreadPoolExecutor(_CONNECTIONS) as threads:
+                found = list(threads.map(read, groups))
+        return pa.concat_tables(found, promote_options="default")
 
     # -- folders -------------------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from fleetcast.backtesting import plan
-from fleetcast.backtesting.data import windows_of
 from fleetcast.backtesting.options import BacktestOptions, SourceOptions
 from fleetcast.backtesting.plan import Trial, rungs
 from fleetcast.config import JobConfig, parse, read_yaml
 from fleetcast.errors import InputError
 from fleetcast.evaluation.papers import FUSION, STGNN
+from fleetcast.ingest.sources import windows_of
 from fleetcast.models import MODELS, configure
 from fleetcast.training.options import FitOptions
 from fleetcast.windows.manifest import ShardOptions
@@ -152,7 +152,9 @@ def windows(step: int, steps: int, tabular: dict[str, Any] | None = None, /, **s
     source = SourceOptions(tabular=TABLE | (tabular or {}), shard=shard)
     assert source.tabular is not None
     span = {"first": 1_700_000_000 // step * step, "last": (1_700_000_000 // step + steps - 1) * step}
-    return windows_of(source, {"settings": {"step": step}, "spans": {source.tabular.kind: span}})
+    return windows_of(
+        source.shard, source.tabular, {"settings": {"step": step}, "spans": {source.tabular.kind: span}}
+    )
 
 
 def test_what_is_not_given_of_a_tables_windows_is_taken_from_the_table():
@@ -189,7 +191,7 @@ def test_a_short_horizon_may_be_given_for_a_table_on_the_command_line():
 
 def test_raw_files_have_the_windows_of_the_shard_job():
     source = SourceOptions(raw="r", shard={"step": "5min"})
-    assert windows_of(source, {}) == ShardOptions(step=300)
+    assert windows_of(source.shard, None, {}) == ShardOptions(step=300)
 
 
 # -- the examples ------------------------------------------------------------------------------------------
@@ -202,7 +204,8 @@ def test_raw_files_have_the_windows_of_the_shard_job():
         ("graph-lift", []),
         ("los-loop", ["--tabular.table", "t.csv"]),
         ("los-loop-tgcn", ["--tabular.table", "t.csv"]),
-        ("online-boutique", ["--tabular.table", "t.csv"]),
+        ("online-boutique-24h", ["--tabular.table", "t.csv"]),
+        ("online-boutique-nezha", ["--tabular.table", "t.csv"]),
         ("production-services", ["--tabular.table", "t.csv"]),
         ("services-lift", []),
     ],

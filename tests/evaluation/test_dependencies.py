@@ -25,6 +25,7 @@ def graph(edges, total=None, kinds=("call",)) -> LastGraph:
         total=total or len(frame),
         edges=frame,
         metric="cpu",
+        normalised=(),
         load={name: 0.1 * place for place, name in enumerate(names)},
     )
 

@@ -73,6 +73,7 @@ def data_set(rungs, name="machines", metrics=("cpu",), windows=ORIGINS):
         name=name,
         description=f"What {name} did.",
         metrics=metrics,
+        normalised=(),
         std=np.full(f, 0.15),
         mase_scale=np.full(f, 0.05),
         start=1_514_764_800,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
-from fleetcast.evaluation.levels import LEVELS, by_level, cluster_rate, level_of
+from fleetcast.evaluation.levels import LEVELS, bounds, by_level, cluster_rate, level_of
 from fleetcast.models.base import Output
 from fleetcast.schemas import QUANTILES
 from fleetcast.windows import order
@@ -41,6 +41,16 @@ def test_entities_that_are_not_seen_are_taken_to_be_like_the_others_unless_most_
 def test_a_bound_belongs_to_the_level_below_it():
     rates = np.array([0, 1000, 1001, 2500, 5000, 8000, 8001, np.nan])
     assert level_of(rates).tolist() == [0, 0, 1, 1, 2, 3, 4, -1]
+
+
+def test_fifths_of_the_time_are_equally_long_whatever_the_rates():
+    rates = np.random.default_rng(0).permutation(np.geomspace(0.1, 50, 100))
+    rates[7] = np.nan
+    found = level_of(rates, bounds("quantiles", rates))
+    assert np.unique(found, return_counts=True)[1].tolist() == [1, 20, 20, 19, 20, 20]
+    lowest = [rates[found == level].min() for level in range(5)]
+    assert lowest == sorted(lowest)
+    assert bounds("paper", rates) == list(LEVELS)
 
 
 def test_without_a_request_rate_there_are_no_levels(dataset):

@@ -76,7 +76,9 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
         entities=entities,
         horizon=horizon,
         step=step,
+        marks=[],
         metrics=metrics,
+        normalised=(),
         ladder=[
             ("last value", scores(0.09, horizon, f)),
             ("same time yesterday", scores(0.06, horizon, f)),
@@ -120,6 +122,7 @@ def report(horizon=24, step=3600, metrics=("cpu", "memory"), entities=16):
             total=1,
             edges=pl.DataFrame({"source": [names[0]], "target": [names[1]], "weight": [1.0]}),
             metric="cpu",
+            normalised=(),
             load={names[0]: 0.4, names[1]: 0.5},
         ),
     )
@@ -194,7 +197,7 @@ def test_names_from_the_trace_cannot_write_html(full):
 def test_the_highest_expected_peak_comes_first():
     given = report()
     top = given.peaks.filter(metric="cpu").sort("mean", "entity", descending=[True, False])
-    first = re.search(r"<tbody>\s*<tr><td>(\w+)</td>", render(given))
+    first = re.search(r'<tbody>\s*<tr><td class="entity" title="\w+">(\w+)</td>', render(given))
     assert first and first[1] == top["entity"][0]
 
 

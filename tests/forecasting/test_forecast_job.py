@@ -48,6 +48,8 @@ def test_a_forecast_holds_all_entities_and_says_what_it_was_made_with(serve, val
         "forecast": FOLDER,
         "skipped": False,
         "entities": 5,
+        "gone": 0,
+        "cold_starts": 0,
         "rows": 5 * 3 * 4,
         "model": "stgnn",
         "fallbacks": reasons,

@@ -143,7 +143,7 @@ def staged(monkeypatch) -> None:
     """Ingest, shard and train have nothing to do."""
     sharded = {"entities": 5, "shards": 2, "windows": {}, "skipped": True}
     trained = {"epochs": 1, "test_error": {}, "coverage": {}, "skipped": True, "peak_bytes": 10 << 40}
-    monkeypatch.setattr(night, "ingest", lambda *_: {**INGESTED, "skipped": False, "peak_bytes": 9 << 30})
+    monkeypatch.setattr(night, "load", lambda *_: {**INGESTED, "skipped": False, "peak_bytes": 9 << 30})
     monkeypatch.setattr(night, "shard", lambda *_: dict(sharded))
     monkeypatch.setattr(night, "train_model", lambda *_: dict(trained))
 

@@ -24,7 +24,9 @@ def whole(random: np.random.Generator, **changes) -> GroupForecast:
         "mean": mean,
         "quantiles": mean[..., None] + spread,
         "fallback": [None] * ENTITIES,
+        "cold": [False] * ENTITIES,
         "history": history,
+        "gone": np.zeros((3 * HORIZON, 0, 2)),
     }
     return GroupForecast(**(found | changes))
 
@@ -36,7 +38,9 @@ def cut(found: GroupForecast, members: list[int], history: int = 3 * HORIZON) ->
         found.mean[:, members],
         found.quantiles[:, members],
         [found.fallback[n] for n in members],
+        [found.cold[n] for n in members],
         found.history[-history:, members],
+        found.gone[-history:, :0],
     )
 
 
@@ -88,6 +92,22 @@ def test_the_past_total_stands_for_all_entities_and_is_null_where_fewer_than_hal
     total = of([whole(random, history=history)], data, shifts)["total"]
     assert total["cpu"]["history"] == [None, None] + [26.0] * 10
     assert total["request_rate"]["history"] == [26.0] * 12
+
+
+def test_who_is_gone_counts_in_the_past_until_it_was_last_observed_and_never_in_the_forecast(
+    random, data, shifts
+):
+    gone = np.full((3 * HORIZON, 2, 2), 5.0)
+    gone[4:, 0] = np.nan
+    gone[[0, 6, 8, 9, 10, 11], 1] = np.nan  # one of these is a gap
+    history = np.full((3 * HORIZON, ENTITIES, 2), 2.0)
+    found = whole(random, history=history, gone=gone)
+    shown = of([found], data, shifts)["total"]["cpu"]
+    there = np.array([2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]) + ENTITIES
+    observed = np.isfinite(gone[:, :, 0]).sum(1)
+    expected = (26 + 5 * observed) / (ENTITIES + observed) * there
+    np.testing.assert_allclose(shown["history"], expected)
+    assert shown["forecast"]["mean"] == found.mean[:, :, 0].sum(1).tolist()
 
 
 def test_groups_together_show_what_one_group_shows(random, data, shifts):

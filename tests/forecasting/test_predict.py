@@ -25,10 +25,13 @@ from pydantic import ValidationError
 HORIZON, HISTORY, DAY = 4, 8, 96
 
 
-def forecast(store: Store, data: Manifest, *, selected: Selected | None = None, share=0.25) -> GroupForecast:
+def forecast(
+    store: Store, data: Manifest, *, selected: Selected | None = None, share=0.25, gone_after=0
+) -> GroupForecast:
     """The first group's forecast."""
     last = [shard for shard in data.shards if shard.group == 0][-1]
-    return predict(store, data, last, selected or read_selected(store), share)
+    options = ForecastOptions(min_history_share=share, gone_after=gone_after)
+    return predict(store, data, last, selected or read_selected(store), options)
 
 
 @pytest.fixture
@@ -144,13 +147,25 @@ def test_the_share_of_the_look_back_that_must_be_observed_is_a_share():
         ForecastOptions(min_history_share=25)
 
 
-def test_an_entity_that_was_never_seen_gets_a_finite_forecast(serve, values):
-    values[:, 2] = np.nan
+def test_an_entity_of_which_only_older_values_are_known_gets_a_finite_forecast(serve, values):
+    values[-HISTORY:, 2] = np.nan
     store, data = serve(values)
-    found = forecast(store, data)
+    found = forecast(store, data, gone_after=(HISTORY + 1) * data.step)
     assert found.fallback[2] == "less than 25% of the look-back is observed"
     assert np.isfinite(found.mean).all()
     assert np.isfinite(found.quantiles).all()
+
+
+def test_an_entity_of_which_nothing_is_known_any_more_is_gone_and_the_others_do_not_change(serve, values):
+    values[-HISTORY:, 1] = np.nan
+    store, data = serve(values)
+    found = forecast(store, data)
+    assert found.entities == ("e0", "e2")
+    np.testing.assert_allclose(found.gone, values[-3 * HORIZON :, 1:2], rtol=1e-5)
+    whole = forecast(store, data, gone_after=(HISTORY + 1) * data.step)
+    assert whole.entities == ("e0", "e1", "e2")
+    np.testing.assert_array_equal(found.mean, whole.mean[:, [0, 2]])
+    assert set(rows(found, data, "stgnn", LAST_VALUE)["entity"].to_pylist()) == {"e0", "e2"}
 
 
 def test_an_entity_for_which_the_model_gives_no_number_gets_the_naive(serve, values, instead):
@@ -269,3 +284,43 @@ def test_a_selected_model_that_is_not_there_is_an_error_that_names_its_file(serv
     store.remove(f"{folder}/{file}")
     with pytest.raises(InputError, match=f"{folder}/{file}: no such file"):
         read_selected(store).check(data)
+
+
+# -- entities that have only just begun --------------------------------------------------------------------
+
+
+def replicas(store: Store, data: Manifest) -> Manifest:
+    """The same entities as containers, of which e0 and e1 are of one service."""
+    services = ["web", "web", "db", "db", "db"]
+    described = pl.DataFrame(
+        {"entity": [f"e{n}" for n in range(5)], "kind": ["container"] * 5, "service": services}
+    )
+    store.write_table("entities/entities.parquet", described.to_arrow())
+    return data.model_copy(update={"level": "container"})
+
+
+def test_the_past_of_a_new_replica_is_its_siblings_at_its_own_level(serve, values, instead):
+    values[:, 1] = 0.5 * values[:, 0]
+    whole = values.copy()
+    values[:-1, 1] = np.nan  # it has one sample
+    store, data = serve(values)
+    data = replicas(store, data)
+    instead(lambda batch: batch.seasonal[..., 0])  # what was a day before
+    found = forecast(store, data)
+    expected = whole[-DAY : HORIZON - DAY, :3]
+    np.testing.assert_allclose(found.mean[:, :2], expected[:, :2], rtol=1e-4)
+    assert found.cold == [False, True, False]
+    assert found.fallback == [None, None, None]
+    table = rows(found, data, "stgnn", LAST_VALUE)
+    models = dict(zip(table["entity"].to_pylist(), table["model"].to_pylist(), strict=True))
+    assert models == {"e0": "stgnn", "e1": "stgnn (cold start)", "e2": "stgnn"}
+    np.testing.assert_array_equal(np.isfinite(found.history[:-1, 1]), False)  # nobody saw what was filled
+
+
+def test_a_new_replica_without_siblings_and_an_old_one_with_a_gap_are_as_they_are(serve, values):
+    values[:-1, 2] = np.nan  # new, but its siblings are in another group
+    values[-HISTORY:-1, 1] = np.nan  # a gap
+    store, data = serve(values)
+    found = forecast(store, replicas(store, data))
+    assert found.cold == [False, False, False]
+    assert found.fallback == [None, *["less than 25% of the look-back is observed"] * 2]

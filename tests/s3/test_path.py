@@ -24,7 +24,9 @@ from fleetcast.models.stgnn import StgnnConfig
 from fleetcast.serving.local import Local
 from fleetcast.serving.options import ServeOptions
 from fleetcast.store import MANIFEST, Store
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.synthesis import SynthesizeOptions
+from fleetcast.traces.tabular import load
 from fleetcast.training.options import TrainOptions
 from fleetcast.training.run import train_model
 from fleetcast.tuning.options import TuneOptions
@@ -257,6 +259,23 @@ def test_a_study_on_s3_finds_what_it_finds_on_a_local_disk(bucket, tmp_path):
         assert store.list("backtests/_work") == []
         found.append([study["values"] for study in store.read_json("tuning/default/studies.json")])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", ["days", "days/*.csv", "days/2.csv"])
+def test_a_folder_or_pattern_of_tables_on_s3_is_the_same(bucket, tmp_path, given):
+    found = []
+    for root in (bucket, str(tmp_path)):
+        for day in (1, 2):
+            with Store(root).write(f"days/{day}.csv") as file:
+                file.write(f"at,load\n2024-01-0{day},{day}\n2024-01-0{day} 01:00,{day}\n".encode())
+        names = r"(?P<entity>\d)\.csv"
+        options = TabularOptions(table=f"{root}/{given}", file_name=names, time="at", metrics="load")
+        store = Store(f"{root}/store")
+        first = load(store, options)
+        assert load(store, options)["skipped"]
+        found.append((first, parts(store)))
+    assert found[0] == found[1]
+    assert found[0][0]["files"] == (1 if "2" in given else 2)
 
 
 ARGUMENTS = {

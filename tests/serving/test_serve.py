@@ -1,20 +1,24 @@
-"""On Ray Serve: live requests find the model, overload is refused at once, a reload fails no request."""
+"""On Ray Serve, the store on S3: live requests find the model, overload is refused at once, a reload fails no
+request."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
 import yaml
+from fleetcast.config import S3Options
 from fleetcast.errors import InputError
 from fleetcast.serving import app
 from fleetcast.serving.app import build, checked
 from fleetcast.store import Store
 from night import NIGHT, republish
+from object_store import BUCKET
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
@@ -37,21 +41,26 @@ def test_a_wrong_argument_is_named():
 
 
 @pytest.fixture(scope="module")
-def shared_store(night: Store, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    import shutil
-
-    folder = tmp_path_factory.mktemp("serve") / "store"
-    shutil.copytree(night.root, folder)
-    return Store(str(folder))
+def args(night: Store, use_s3: Callable[..., S3Options]) -> dict[str, Any]:
+    """Arguments of the application, for a copy of the night on S3."""
+    reached = use_s3()
+    store = Store(f"s3://{BUCKET}/serve/store")
+    for path in night.list(""):
+        store.fs.put_file(night.path(path), store.path(path))
+    return {"store": store.uri, "s3": reached.model_dump(mode="json"), "clock": "trace"}
 
 
 @pytest.fixture(scope="module")
-def address(shared_store: Store) -> Iterator[str]:
+def shared_store(args: dict[str, Any]) -> Store:
+    return Store(args["store"])
+
+
+@pytest.fixture(scope="module")
+def address(args: dict[str, Any]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    args = {"store": shared_store.uri, "clock": "trace", "refresh_seconds": 0.2}
-    serve.run(build(args), name="fleetcast")
+    serve.run(build({**args, "refresh_seconds": 0.2}), name="fleetcast")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -66,7 +75,7 @@ def test_stored_and_live_forecasts_of_the_same_telemetry_agree(address):
         assert mine["mean"] == pytest.approx(theirs["mean"], rel=1e-3, abs=1e-4)
 
 
-def test_beyond_what_may_wait_the_answer_is_429_at_once(address, shared_store, tmp_path):
+def test_beyond_what_may_wait_the_answer_is_429_at_once(address, args, tmp_path):
     """A model that takes its time: as many requests wait as may, the others are refused meanwhile."""
     gate = tmp_path / "open"
 
@@ -76,7 +85,6 @@ def test_beyond_what_may_wait_the_answer_is_429_at_once(address, shared_store, t
                 await asyncio.sleep(0.01)
             return self.models.forecast([asked])[0]
 
-    args = {"store": shared_store.uri, "clock": "trace"}
     few = {"num_cpus": 0.1}
     live = serve.deployment(max_ongoing_requests=4, max_queued_requests=8, ray_actor_options=few)(Slow)
     api = serve.deployment(max_ongoing_requests=100, ray_actor_options=few)(app.Api)

@@ -1,7 +1,9 @@
 """A table of which only the columns are known becomes what shard reads, or an error says what is wrong."""
 
+import csv
 import gzip
 import json
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
 from fleetcast.store import MANIFEST, Store
 from fleetcast.traces import columns, tabular
-from fleetcast.traces.tabular import TabularOptions, load
+from fleetcast.traces.mapping import TabularOptions
+from fleetcast.traces.tabular import load
 from fleetcast.windows import manifest
 from fleetcast.windows.manifest import ShardOptions
 from fleetcast.windows.views import OpenShard
@@ -114,14 +117,16 @@ def test_a_long_table_becomes_telemetry_entities_and_figures(store, table):
         for kind, service in (("container", pod), ("service", None))
     ]
     assert figures == {
-        "rows": 8,
+        "rows_read": {"table": 8},
+        "rows_rejected": {},
+        "values_nulled": {},
+        "files": 1,
         "entities": 2,
         "metrics": ["load", "queue length"],
         "step": 300,
         "edges": 0,
         "bins": 8,
-        "rejected": {"table": {}},
-        "values_nulled": {},
+        "clocks": [],
         "skipped": False,
     }
     made = store.read_json(f"telemetry/{MANIFEST}")
@@ -163,14 +168,14 @@ def test_every_format_means_the_same(store, table, tmp_path, name):
     path = str(tmp_path / name) if name == "table.parquet" else table(text, name)
     figures = load(store, TabularOptions(table=path, entity="pod", time="at", metrics=("load",)))
     assert telemetry(store, "load") == [("007", 0, 1.5), ("007", 300, 2.0), ("x, y", 300, 3.0)]
-    assert figures["rejected"]["table"] == {"no metric has a value": 1}
+    assert figures["rows_rejected"]["table"] == {"no metric has a value": 1}
 
 
 def test_a_wide_table_has_an_entity_per_column(store, table):
     rows = ["at,b,a", f"{ZERO},1,2", f"{ZERO + 60},3,", f"{ZERO + 120},,"]
     figures = load(store, TabularOptions(table=table(rows), time="at", metrics=("speed",)))
     assert telemetry(store, "speed") == [("a", 0, 2), ("b", 0, 1), ("b", 60, 3)]
-    assert (figures["rows"], figures["entities"], figures["step"]) == (3, 2, 60)
+    assert (figures["rows_read"]["table"], figures["entities"], figures["step"]) == (3, 2, 60)
     assert rejected(store) == [(2, "no metric has a value", f"{ZERO + 120},,")]
 
 
@@ -215,6 +220,8 @@ def test_a_row_that_is_broken_still_takes_its_step(store, table):
         ("2024-01-01T00:00:00Z", "2024-01-01 00:05:00.123", "auto"),
         ("2024-01-01T01:00:00+01:00", "2023-12-31 22:05:00-0200", "auto"),
         ("2024-01-01 00:00:00 UTC", "2024/01/01 00:05", "auto"),
+        ("2024-01-01 00:00:00.5 +0000 UTC m=+0.11", "2024-01-01 09:05:00 +0900 JST m=+300.1", "auto"),
+        ("2024-01-01 00:00:00 +0000 UTC", "2023-12-31 22:05:00 -0200 -02", "auto"),
         ("0", "1", "auto"),
         ("0", "1", "step"),
         (f"{ZERO}", f"{ZERO + 300}", "s"),
@@ -284,7 +291,7 @@ def test_values_that_are_no_finite_number_are_missing_and_counted(store, table):
     rows = ["at,pod,load,queue length", *(f"{ZERO + 300 * t},a,{cell},1" for t, cell in enumerate(cells))]
     figures = load(store, TabularOptions(table=table(rows), **LONG))
     assert telemetry(store, "load") == [("a", 300 * t, None) for t in range(6)] + [("a", 1800, 7)]
-    assert figures["values_nulled"] == {"load": 5}
+    assert figures["values_nulled"] == {"table": {"load": 5}}
 
 
 def test_rows_that_cannot_be_used_are_kept_with_their_reason_and_number(store, table, monkeypatch):
@@ -305,8 +312,8 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reason_and_number(store, t
     # Columns are kept in the order in which they are read: entity, time, metrics.
     assert [(n, reason) for n, reason, _ in rejected(store)] == [(n, reason) for n, reason, _ in kept]
     assert rejected(store)[3] == (5, "the time cannot be read", "a,soon,1,1")
-    assert figures["rows"] == 20
-    assert sum(figures["rejected"]["table"].values()) == len(bad)
+    assert figures["rows_read"] == {"table": 20}
+    assert sum(figures["rows_rejected"]["table"].values()) == len(bad)
     assert len(telemetry(store)) == 20 - len(bad)
 
 
@@ -434,7 +441,7 @@ def test_edges_that_cannot_be_used_are_rejected_with_their_reason(store, table):
     )
     figures = load(store, options)
     assert rejected(store, "edges") == [(n, reason, line) for n, (reason, line) in bad.items()]
-    assert figures["rejected"]["edges"]["weight is not a positive number"] == 3
+    assert figures["rows_rejected"]["edges"]["weight is not a positive number"] == 3
     assert {edge[1:] for edge in edges(store)} == {("a", "b", 4)}
 
 
@@ -443,7 +450,7 @@ def test_a_matrix_joins_row_to_column_in_the_order_of_the_columns(store, table):
     graph = table("1,0,7\n-1,0,0\n0,8,0\n", "matrix.csv")
     figures = load(store, TabularOptions(table=path, metrics=("speed",), start="2024-01-01", edges=graph))
     assert {edge[1:] for edge in edges(store)} == {("b", "target", 7), ("target", "a", 8)}
-    assert figures["rejected"]["edges"] == {
+    assert figures["rows_rejected"]["edges"] == {
         "source and target are the same": 1,
         "weight is not a positive number": 1,
     }
@@ -471,6 +478,8 @@ def test_a_table_without_edges_leaves_none_of_an_earlier_one(store, table):
             r"--entity pods: no such column in .*\(did you mean pod\?\), expected one of at, pod, ",
         ),
         ({"time": "when"}, r"--time when: no such column in .*, expected one of at, pod, load, queue length"),
+        ({"time": ("at", "when")}, r"--time when: no such column in .*, expected one of at, pod, "),
+        ({"edges_time": ("when",)}, r"--edges-time when: no such column in .*, expected one of src, target"),
         ({"metrics": ("laod",)}, r"--metrics laod: no such column in .*\(did you mean load\?\)"),
         (
             {"metrics": ("pod",), "entity": "load", "step": 60},
@@ -486,7 +495,7 @@ def test_a_table_without_edges_leaves_none_of_an_earlier_one(store, table):
         ({"entity": None, "metrics": ("x",)}, r"column pod of .* is not numeric.* a long one needs --entity"),
         ({"edges": "missing.csv"}, r"--edges missing.csv: no such file"),
         ({"edges_source": "caller"}, r"--edges-source caller: no such column .*expected one of src, target"),
-        ({}, r"--edges-source: .* has no column source or from, expected one of src, target"),
+        ({}, r"--edges-source: .* has no column source or from, nor columns .* expected one of src, target"),
         (
             {"edges_source": "src"},
             r"--edges .*: has no usable edge \(source is no entity of the table: 1\).*as a, b",
@@ -547,6 +556,20 @@ def test_a_matrix_of_the_wrong_size_or_for_a_long_table_is_refused(store, table)
         ({"metrics": ("cpu_max", "cpu")}, "keeps cpu_max for the maximum of cpu"),
         ({"metrics": ("cpu",), "step": "7min"}, "expected a width that divides a day"),
         ({"metrics": ("cpu",), "entity": "pod"}, r"entity \(pod\) names a long table, expected time as well"),
+        ({"metrics": {"cpu": {"unit": "furlongs"}}}, "'percent', 'millicores', 'ms'"),
+        ({"metrics": {"cpu": {"unit": 0}}}, "greater than 0"),
+        ({"metrics": {"cpu": {"column": "x"}, "x": {}}}, "expected each column once, got x twice"),
+        ({"metrics": ("cpu",), "file_name": "(?P<entity"}, "file_name\n.*not a regular expression"),
+        ({"metrics": ("cpu",), "file_name": "(?P<pod>.*)"}, "named groups among entity, .*, got pod"),
+        (
+            {"metrics": ("cpu",), "file_name": "(?P<entity>.*)", "entity": "pod", "time": "at"},
+            r"entity \(pod\) is in file_name as well, expected one of them",
+        ),
+        ({"metrics": ("cpu",), "service": "of"}, "service: a wide table has entities only"),
+        (
+            {"metrics": ("cpu",), "entity": "pod", "time": "at", "machine": "on", "level": "machine"},
+            "machine: machines have none, expected level container or service",
+        ),
     ],
 )
 def test_options_that_contradict_the_store_are_refused(options, message):
@@ -554,7 +577,245 @@ def test_options_that_contradict_the_store_are_refused(options, message):
         TabularOptions(table="t.csv", **options)
 
 
+# -- many files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["days", "days/*.csv", "days/day-?.csv.gz"])
+def test_the_files_of_a_folder_or_pattern_are_one_table(store, table, tmp_path, given):
+    """Rows of a bin may be in several of them, in any format; other files are left out."""
+    (tmp_path / "days" / "old").mkdir(parents=True)
+    rows = long_rows(4)
+    table([rows[0], *rows[1:4]], "days/day-1.csv")
+    table([rows[0], *rows[4:]], "days/day-2.csv.gz")
+    table(["at,pod,load,queue length", f"{ZERO},a,100,0"], "days/old/day-0.csv")
+    table("no table", "days/notes.txt")
+    figures = load(store, TabularOptions(table=str(tmp_path / given), step=300, **LONG))
+    every = [(pod, 300 * t, 10.0 * t + n) for n, pod in enumerate("ab") for t in range(4)]
+    expected = {
+        "days": [("a", 0, 50.0), *every[1:]],
+        "days/*.csv": [every[0], every[1], every[4]],
+        "days/day-?.csv.gz": [every[2], every[3], *every[5:]],
+    }[given]
+    assert telemetry(store, "load") == expected
+    assert figures["rows_read"]["table"] == {"days": 9, "days/*.csv": 3, "days/day-?.csv.gz": 5}[given]
+
+
+def test_a_further_file_is_read_and_a_second_copy_of_one_is_not(store, table, tmp_path):
+    (tmp_path / "days").mkdir()
+    options = TabularOptions(table=str(tmp_path / "days"), **LONG)
+    table(long_rows(4), "days/1.csv")
+    load(store, options)
+    table(long_rows(4), "days/copy.csv")
+    assert load(store, options)["skipped"]
+    table([f"at,pod,load,queue length\n{ZERO + 1200},a,7,7"], "days/2.csv")
+    figures = load(store, options)
+    assert (figures["files"], figures["rows_read"]["table"]) == (2, 9)
+    assert ("a", 1200, 7.0) in telemetry(store, "load")
+
+
+def test_files_names_say_entity_service_and_machine(store, table, tmp_path):
+    (tmp_path / "node-1").mkdir()
+    (tmp_path / "node-2").mkdir()
+    for name, value in (("node-1/web-a1", 1), ("node-1/web-b2", 3), ("node-2/db-c3", 5)):
+        table(["at,load", *(f"{ZERO + 300 * t},{value}" for t in range(40))], f"{name}.csv")
+    graph = table(["source,target", "web,db"], "graph.csv")
+    options = TabularOptions(
+        table=str(tmp_path / "node-*" / "*.csv"),
+        file_name=r"(?P<machine>[^/]+)/(?P<entity>(?P<service>[a-z]+)-.*)\.csv",
+        time="at",
+        metrics="load",
+        edges=graph,
+    )
+    assert load(store, options)["entities"] == 3
+    described = rows_of(store, "entities").filter(pl.col("kind") == "container")
+    assert described.select("entity", "service", "parent").sort("entity").rows() == [
+        ("db-c3", "db", "node-2"),
+        ("web-a1", "web", "node-1"),
+        ("web-b2", "web", "node-1"),
+    ]
+    assert {edge[1:3] for edge in edges(store)} == {("web", "db")}
+    given = {"metrics": ("load",), "step": 300, "history": 1200, "horizon": 600, "lags": ()}
+    shard(store, ShardOptions(level="service", **given))
+    names, values = dense(store, "load")
+    assert names == ["db", "web"], "services are the mean of their containers"
+    assert np.array_equal(values, np.tile([5.0, 2.0], (40, 1)))
+    with pytest.raises(InputError, match=r"--file-name .*: says no service for node-1/web-a1.csv"):
+        load(store, options.model_copy(update={"file_name": "(?P<service>x)", "entity": "at"}))
+
+
+def test_columns_say_service_and_machine(store, table):
+    rows = ["at,pod,of,on,load", *(f"{ZERO + 300 * t},p{n},s,m{n},{n}" for t in range(3) for n in range(2))]
+    rows += [f"{ZERO},p9,,m1,1"]
+    options = TabularOptions(
+        table=table(rows), entity="pod", service="of", machine="on", time="at", metrics="load"
+    )
+    assert load(store, options)["rows_rejected"] == {"table": {"of is empty": 1}}
+    described = rows_of(store, "entities").select("entity", "kind", "service", "parent").sort("entity")
+    assert described.rows() == [
+        ("p0", "container", "s", "m0"),
+        ("p1", "container", "s", "m1"),
+        ("s", "service", None, None),
+    ]
+
+
+def test_a_wide_file_may_be_of_one_metric_that_its_name_says(store, table, tmp_path):
+    (tmp_path / "wide").mkdir()
+    table(["at,a,b", f"{ZERO},10,20", f"{ZERO + 60},30,40"], "wide/cpu.csv")
+    table(["at,b", f"{ZERO},5"], "wide/rt.csv")
+    options = TabularOptions(
+        table=str(tmp_path / "wide"),
+        file_name=r"(?P<metric>\w+)\.csv",
+        time="at",
+        step=60,
+        metrics={"cpu": {"unit": "percent"}, "latency": {"column": "rt", "unit": "ms"}},
+    )
+    load(store, options)
+    assert telemetry(store, "cpu", "latency") == [
+        ("a", 0, pytest.approx(0.1), None),
+        ("a", 60, pytest.approx(0.3), None),
+        ("b", 0, pytest.approx(0.2), pytest.approx(0.005)),
+        ("b", 60, pytest.approx(0.4), None),
+    ]
+
+
+def test_long_files_may_have_some_of_the_metrics_each(store, table, tmp_path):
+    (tmp_path / "long").mkdir()
+    table(["at,pod,load", f"{ZERO},a,1", f"{ZERO + 300},a,2"], "long/load.csv")
+    table(["at,pod,queue length", f"{ZERO},a,3"], "long/queue.csv")
+    options = TabularOptions(table=str(tmp_path / "long"), **LONG)
+    load(store, options)
+    assert telemetry(store, "load", "queue length") == [("a", 0, 1, 3), ("a", 300, 2, None)]
+    with pytest.raises(InputError, match=r"--metrics depth: no such column in .*load.csv"):
+        load(store, options.model_copy(update={"metrics": ("load", "queue length", "depth")}))
+
+
+@pytest.mark.parametrize(
+    ("unit", "one"), [("percent", 0.01), ("millicores", 0.001), ("per_minute", 1 / 60), (8, 8), (0.5, 0.5)]
+)
+def test_metrics_have_a_column_and_a_unit(store, table, unit, one):
+    """Of a long table, and of a wide one, where the column is an ending."""
+    metrics = {"cpu": {"column": "used (%)", "unit": unit}}
+    rows = ["at,pod,used (%)", f"{ZERO},a,100", f"{ZERO + 60},a,300"]
+    load(store, TabularOptions(table=table(rows), entity="pod", time="at", metrics=metrics, step=300))
+    found = (pytest.approx(200 * one), pytest.approx(300 * one))
+    assert telemetry(store, "cpu", "cpu_max") == [("a", 0, *found)]
+    wide = ["at,a_used (%),a_rest", f"{ZERO},100,1", f"{ZERO + 60},300,1"]
+    load(store, TabularOptions(table=table(wide), time="at", metrics=metrics, step=300))
+    assert telemetry(store, "cpu", "cpu_max") == [("a", 0, *found)]
+
+
+# -- clocks ------------------------------------------------------------------------------------------------
+
+
+def go(at: int) -> str:
+    """A time as Go prints it."""
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S}.123456789 +0000 UTC m=+{at - ZERO}.25"
+
+
+def clocked(table, tmp_path, *offsets: int, order: tuple[str, ...] = ("unix", "printed")) -> TabularOptions:
+    """A file for each offset [s] of its column `unix` from what its column `printed` says."""
+    (tmp_path / "pods").mkdir()
+    for n, offset in enumerate(offsets):
+        rows = [f"{ZERO + 60 * t + offset},{go(ZERO + 60 * t)},{t}" for t in range(5)]
+        table(["unix,printed,load", *rows], f"pods/{n}.csv")
+    return TabularOptions(
+        table=str(tmp_path / "pods"), file_name=r"(?P<entity>\d)\.csv", time=order, metrics="load"
+    )
+
+
+EVERY_MINUTE = [(f"{pod}", 60 * t, float(t)) for pod in range(3) for t in range(5)]
+
+
+@pytest.mark.parametrize("order", [("unix", "printed"), ("printed", "unix")])
+def test_a_clock_that_is_off_is_named_and_the_other_one_used(store, table, tmp_path, order):
+    figures = load(store, clocked(table, tmp_path, 0, 200_000_000, 3, order=order))
+    assert telemetry(store, "load") == EVERY_MINUTE, "3 s are no wrong clock"
+    assert figures["clocks"] == [
+        {"file": "1.csv", "column": "unix", "offset": 200_000_000, "used": "printed"}
+    ]
+    assert store.read_json(f"telemetry/{MANIFEST}")["figures"]["clocks"] == figures["clocks"]
+
+
+def test_clocks_that_are_off_everywhere_are_named_and_the_first_is_used(store, table, tmp_path):
+    figures = load(store, clocked(table, tmp_path, 7200, 7200, 7200, order=("printed", "unix")))
+    assert telemetry(store, "load") == EVERY_MINUTE
+    assert [(off["file"], off["offset"]) for off in figures["clocks"]] == [
+        (f"{n}.csv", 7200) for n in range(3)
+    ]
+
+
+def test_a_wrong_clock_without_another_is_refused(store, table, tmp_path):
+    options = clocked(table, tmp_path, 0, 200_000_000, 0, order=("unix",))
+    with pytest.raises(
+        InputError, match=r"--time unix: the times of 1.csv are some 200,000,000 s from those"
+    ):
+        load(store, options)
+
+
+@pytest.mark.parametrize("offset", [0, 8 * 3600])
+def test_files_of_one_day_each_are_read_by_the_same_clock(store, table, tmp_path, offset):
+    """Of two that may be off from each other by the hours of a zone."""
+    (tmp_path / "days").mkdir()
+    for day in range(3):
+        hours = range(ZERO + 86_400 * day, ZERO + 86_400 * (day + 1), 3600)
+        table(["unix,printed,pod,load", *(f"{at},{go(at + offset)},a,1" for at in hours)], f"days/{day}.csv")
+    options = TabularOptions(
+        table=str(tmp_path / "days"), entity="pod", time=("unix", "printed"), metrics="load"
+    )
+    figures = load(store, options)
+    assert telemetry(store, "load") == [("a", 3600 * hour, 1) for hour in range(72)]
+    assert [off["offset"] for off in figures["clocks"]] == ([offset] * 3 if offset else [])
+
+
+def test_edges_with_a_wrong_clock_are_read_by_the_one_that_is_near_the_table(store, table):
+    rows = [f"a,b,{ZERO + 60 * t - 10_000_000},{go(ZERO + 60 * t)}" for t in range(60)]
+    graph = table(["source,target,timestamp,when", *rows], "edges.csv")
+    options = TabularOptions(
+        table=table(long_rows(40)), edges=graph, edges_time=("timestamp", "when"), **LONG
+    )
+    assert load(store, options)["clocks"] == [
+        {"file": "edges.csv", "column": "timestamp", "offset": -10_000_000, "used": "when"}
+    ]
+    assert edges(store) == [(0, "a", "b", 60)]
+
+
+def test_wide_edges_have_a_column_for_each_pair_and_come_and_go(store, table):
+    """Nothing and 0 are no edge; what lies between the names may be anything that is no letter or digit."""
+    rows = ["Time,web_db,web -> my_cache,my_cache_db,web_other"]
+    rows += [f"{ZERO + 60 * t},{t // 60},{'' if t < 60 else 2},0,1" for t in range(180)]
+    pods = ("web", "db", "my_cache")
+    load_rows = ["at,pod,load", *(f"{ZERO + 300 * t},{pod},1" for t in range(40) for pod in pods)]
+    options = TabularOptions(
+        table=table(load_rows), entity="pod", time="at", metrics="load", edges=table(rows, "edges.csv")
+    )
+    figures = load(store, options)
+    assert edges(store) == [
+        (3600, "web", "db", 60),
+        (3600, "web", "my_cache", 120),
+        (7200, "web", "db", 120),
+        (7200, "web", "my_cache", 120),
+    ]
+    assert (figures["edges"], figures["rows_rejected"]) == (2, {})
+    bad = table(["at,web_db", f"{ZERO},-1", f"{ZERO},much", f"{ZERO},1"], "bad.csv")
+    figures = load(store, options.model_copy(update={"edges": bad, "edges_time": ("at",)}))
+    assert figures["rows_rejected"] == {"edges": {"weight is not a positive number": 2}}
+
+
+def test_edges_may_be_in_many_files(store, table, tmp_path):
+    (tmp_path / "calls").mkdir()
+    for hour in range(3):
+        table([f"from,to,value,time\na,b,{hour + 1},{ZERO + 3600 * hour}"], f"calls/{hour}.csv")
+    load(store, TabularOptions(table=table(long_rows(40)), edges=str(tmp_path / "calls"), **LONG))
+    assert [edge[3] for edge in edges(store)] == [1, 2, 3]
+
+
 # -- real tables -------------------------------------------------------------------------------------------
+
+
+def read_csv(*path: str) -> list[dict[str, str]]:
+    """The rows of a file, by Python's own csv."""
+    with (DATA.joinpath(*path)).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def example(store: Store, name: str, folder: str, table: str, graph: str | None = None) -> dict[str, Any]:
@@ -564,7 +825,7 @@ def example(store: Store, name: str, folder: str, table: str, graph: str | None 
     files = {"table": str(DATA / folder / table), "edges": graph and str(DATA / folder / graph)}
     described = TabularOptions(**files, **options["tabular"])
     figures = load(store, described)
-    same = {"metrics": described.metrics, "level": described.level, "step": described.step}
+    same = {"metrics": described.names, "level": described.level, "step": described.step}
     shard(store, ShardOptions(**same, **options["shard"] | {"windows": "default"}))
     return figures
 
@@ -603,17 +864,59 @@ def test_the_sensors_of_los_loop_are_joined_as_the_matrix_says(store):
 
 
 def test_the_online_boutique_has_its_calls_hour_by_hour(store):
-    figures = example(store, "online-boutique", "online-boutique-24h", "nodes.csv", "edges.csv")
+    """Against an independent reading of the same files."""
+    figures = example(store, "online-boutique-24h", "online-boutique-24h", "nodes.csv", "edges.csv")
     made = manifest.load(store, "default")
     assert (made.entities, made.steps, figures["edges"]) == (11, 1441, 14)
-    rows = pl.read_csv(DATA / "online-boutique-24h" / "nodes.csv")
+    rows = read_csv("online-boutique-24h", "nodes.csv")
     names, values = dense(store, "cpu")
     kept = np.isfinite(values).all(1)
-    assert kept.sum() == len(rows) == 1440
-    assert np.array_equal(values[kept], rows.select(f"{n}_cpu" for n in names).to_numpy().astype(np.float32))
-    calls = pl.read_csv(DATA / "online-boutique-24h" / "edges.csv").filter(pl.col("value") > 0)
-    keys = {"time": pl.col("timestamp") // 3600 * 3600 - ZERO, "source": "from", "target": "to"}
-    summed = calls.group_by(**keys).agg(pl.col("value").sum()).sort("time", "source", "target")
-    found = pl.DataFrame(edges(store), schema=["time", "source", "target", "value"], orient="row")
-    assert found.select("time", "source", "target").equals(summed.select("time", "source", "target"))
-    assert np.allclose(found["value"], summed["value"], rtol=1e-6)
+    assert kept.sum() == len(rows) == figures["rows_read"]["table"] == 1440
+    assert np.array_equal(
+        values[kept], np.array([[float(row[f"{n}_cpu"]) for n in names] for row in rows], "f4")
+    )
+    calls: Counter[tuple[int, str, str]] = Counter()
+    for row in read_csv("online-boutique-24h", "edges.csv"):
+        if (value := float(row["value"])) > 0:
+            calls[int(row["timestamp"]) // 3600 * 3600 - ZERO, row["from"], row["to"]] += value
+    assert {edge[:3]: edge[3] for edge in edges(store)} == pytest.approx(calls, rel=1e-6)
+
+
+def test_the_online_boutique_of_nezha_is_read_by_the_right_clock(store):
+    """Against an independent reading of the same files, by the clock that is right."""
+    folder = "online-boutique-nezha"
+    figures = example(store, folder, folder, "metric/*_metric.csv", "metric/source_50.csv")
+    assert figures["clocks"] == [
+        {
+            "file": "adservice-5f6585d649-fnmft_metric.csv",
+            "column": "TimeStamp",
+            "offset": 200_000_000,
+            "used": "Time",
+        }
+    ]
+    expected: dict[tuple[str, int], list[float | None]] = {}
+    columns = {"CpuUsageRate(%)": 100, "MemoryUsageRate(%)": 100, "PodWorkload(Ops)": 1}
+    files = sorted((DATA / folder / "metric").glob("*_metric.csv"))
+    rows = [row for file in files for row in read_csv(folder, "metric", file.name)]
+    for row in rows:
+        seconds = row["Time"].split(".")[0] + " +0000"
+        at = int(datetime.strptime(seconds, "%Y-%m-%d %H:%M:%S %z").timestamp())
+        expected[row["PodName"], at // 60 * 60 - ZERO] = [
+            float(row[name]) / by for name, by in columns.items()
+        ]
+    found = {row[:2]: list(row[2:]) for row in telemetry(store, "cpu", "memory", "request_rate")}
+    assert len(found) == len(rows) == figures["rows_read"]["table"] == 12_090
+    assert found.keys() == expected.keys()
+    got, wanted = (np.array([values[key] for key in sorted(expected)]) for values in (found, expected))
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
+    made = manifest.load(store, "default")
+    assert made.names == tuple(sorted(file.name.split("-")[0] for file in files))
+
+    calls: Counter[tuple[int, str, str]] = Counter()
+    for row in read_csv(folder, "metric", "source_50.csv"):
+        hour = int(row.pop("timestamp")) // 3600 * 3600 - ZERO
+        for pair, value in row.items():
+            if pair != "time" and value and float(value) > 0:
+                calls[(hour, *pair.split("_"))] += float(value)
+    assert {edge[:3]: edge[3] for edge in edges(store)} == pytest.approx(calls, rel=1e-6)
+    assert figures["edges"] == 14

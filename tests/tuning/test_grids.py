@@ -23,6 +23,7 @@ def test_the_studies_are_the_papers():
         "nodes": ("fusion", (20, 40, 60, 80, 100), Optimum(60)),
         "window": ("stgnn", (5, 10, 30, 60), Optimum(10)),
         "concurrency": ("stgnn", (1000, 2500, 5000, 8000, np.inf), StaysAbove(5000, "r2", 0.9)),
+        grids.FIFTHS_GRID: ("stgnn", (0.2, 0.4, 0.6, 0.8, 1), StaysAbove(0.6, "r2", 0.9)),
     }
 
 
@@ -50,6 +51,15 @@ def test_levels_are_called_as_in_the_paper():
         "Very High (≤ 8,000/s)",
         "Extreme (> 8,000/s)",
     ]
+
+
+def test_levels_of_a_cluster_of_any_size_are_fifths_of_the_time():
+    grid = GRIDS[grids.FIFTHS_GRID]
+    assert [grid.point(point) for point in grid.points][::4] == ["Lowest fifth", "Highest fifth"]
+    for given in ("concurrency", "all"):
+        paper = TuneOptions(grid=given, windows="w").grids
+        fifths = TuneOptions(grid=given, windows="w", levels="quantiles").grids
+        assert fifths == [name.replace("concurrency", grids.FIFTHS_GRID) for name in paper]
 
 
 def test_a_wider_step_keeps_the_number_of_steps():

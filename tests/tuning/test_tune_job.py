@@ -128,6 +128,12 @@ def test_levels_of_load_are_parts_of_the_test_of_the_same_trials(tmp_path, ray_c
     tune(store, given)
     assert before == {path: store.read_bytes(path) for path in before}
 
+    fifths = tune(store, given.model_copy(update={"levels": "quantiles"}))
+    (study,) = store.read_json("tuning/default/studies.json")
+    assert study["values"].keys() == {"0.2", "0.4", "0.6", "0.8", "1"}
+    assert fifths["verdicts"].keys() == {"concurrency-quantiles"}
+    assert store.list("backtests/trials", "levels.json") == list(before), "of the same trials"
+
 
 def test_a_study_that_the_data_do_not_allow_is_named_beside_the_others(tmp_path, ray_cluster):
     store = Store(str(tmp_path / "store"))

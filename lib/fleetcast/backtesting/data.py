@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fleetcast.backtesting.options import BacktestOptions, SourceOptions
 from fleetcast.errors import InputError
-from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
+from fleetcast.ingest.sources import load, windows_of
 from fleetcast.ingest.synthesize import synthesize
 from fleetcast.store import MANIFEST, Store
-from fleetcast.traces import tabular
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.synthesis import SynthesizeOptions, services
 from fleetcast.windows import manifest as manifests
 from fleetcast.windows.loader import Shards
 from fleetcast.windows.manifest import Manifest, ShardOptions
 
 _DEFAULT = "default"
-#: Steps of look-back and horizon where neither is given, and as which share of the table at most: the test
-#: part of a fifth then holds two horizons.
-_STEPS = 12
-_SHARE = 10
 
 
 @dataclass(frozen=True)
@@ -62,25 +57,6 @@ def find(store: Store, name: str, fingerprint: str) -> Data | None:
     return None
 
 
-def windows_of(source: SourceOptions, telemetry: dict[str, Any]) -> ShardOptions:
-    """How a source is cut into windows: as is given, else as suits its telemetry, of which this is the
-    manifest (`SourceOptions.shard` says how). Raises InputError if that clashes with what is given."""
-    table, o = source.tabular, source.synthesize
-    if o is not None and o.trace == "services":
-        table = services.table_of("")
-    if table is None:
-        return source.shard.resolve({})
-    given, span = source.shard.model_dump(), telemetry["spans"][table.kind]
-    step = given.get("step", telemetry["settings"]["step"])
-    steps = (span["last"] - span["first"]) // step + 1
-    width = step * max(1, min(_STEPS, steps // _SHARE))
-    horizon = given.get("horizon", width)
-    of_table = {"level": table.level, "metrics": table.metrics}
-    return source.shard.resolve(
-        {**of_table, "step": step, "horizon": horizon, "history": max(width, horizon)}
-    )
-
-
 def home(parent: Store, name: str) -> Store:
     """The store of a data set that a backtest made of a source."""
     return Store(f"{parent.uri}/data/{name}")
@@ -95,30 +71,30 @@ def make(
     """The data set of a source, in a store of its own; `change` may cut it into other windows."""
     store = home(parent, name).open_or_create()
     try:
-        description = _load(parent, store, name, source)
-        options = change(windows_of(source, store.read_json(f"telemetry/{MANIFEST}")))
+        table, description = _load(parent, store, name, source)
+        options = change(windows_of(source.shard, table, store.read_json(f"telemetry/{MANIFEST}")))
         shard(store, options)
     except InputError as error:
         raise InputError(f"data set {name}: {error}") from error
     return Data(name, store, manifests.load(store, options.windows), description)
 
 
-def _load(parent: Store, store: Store, name: str, source: SourceOptions) -> str:
-    """Makes the source the telemetry of its store; returns what it is, in words."""
+def _load(parent: Store, store: Store, name: str, source: SourceOptions) -> tuple[TabularOptions | None, str]:
+    """Makes the source the telemetry of its store; returns the table that it is, and what it is, in words."""
     raw, table, o = source.raw, source.tabular, source.synthesize
+    options = source.ingest
     if o is not None:
         raw, description = _synthetic(parent, name, o), f"a synthetic cluster of coupling {o.coupling:g}"
-        table = services.table_of(raw) if o.trace == "services" else None
+        if o.trace == "services":
+            table = services.table_of(raw)
+        else:
+            options = options.model_copy(update={"trace": o.trace})
     elif table is not None:
         description = f"the table {table.table.rsplit('/', 1)[-1]}"
     else:
         description = f"raw {source.ingest.trace} files in {raw}"
-    if table is not None:
-        tabular.load(store, table)
-    else:
-        assert raw is not None, "one source is given"
-        ingest(store, raw, source.ingest)
-    return description
+    load(store, raw, options, table)
+    return table, description
 
 
 def _synthetic(parent: Store, name: str, options: SynthesizeOptions) -> str:

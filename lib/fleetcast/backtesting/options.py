@@ -6,38 +6,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fleetcast.config import Options
-from fleetcast.errors import InputError
 from fleetcast.ingest.options import IngestOptions
+from fleetcast.ingest.sources import SourceShardOptions
 from fleetcast.models import MODELS, configure
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.synthesis import SynthesizeOptions
-from fleetcast.traces.tabular import TabularOptions
 from fleetcast.training.options import Budget, FitOptions
-from fleetcast.windows.manifest import ShardOptions
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
-
-
-class SourceShardOptions(ShardOptions):
-    """As of the shard job, but what is not given may depend on the source (`data.windows_of`)."""
-
-    @model_validator(mode="after")
-    def _whole_steps(self) -> SourceShardOptions:
-        return self  # of what is given alone it cannot be told
-
-    @model_serializer(mode="plain")
-    def _given(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in sorted(self.model_fields_set)}
-
-    def resolve(self, derived: dict[str, Any]) -> ShardOptions:
-        """What is given, else `derived`, else the shard job's defaults. Raises InputError if these clash."""
-        try:
-            return ShardOptions(**(derived | self.model_dump()))
-        except ValidationError as error:
-            wrong = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
-            raise InputError(f"--shard: {wrong}") from error
 
 
 class SourceOptions(Options):

@@ -110,6 +110,7 @@ def _data_set(data: Data, rungs: Sequence[Rung]) -> DataSet:
         name=data.name,
         description=data.description,
         metrics=m.metrics,
+        normalised=m.normalised,
         std=np.asarray(m.scaler.std),
         mase_scale=np.asarray(m.seasonal_error),
         start=m.start,

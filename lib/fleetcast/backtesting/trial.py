@@ -77,13 +77,14 @@ def run(
     store.write_json(f"{folder}/{MANIFEST}", found)
 
 
-def by_level(store: Store, data: Data, folder: str) -> list[Scores]:
-    """The scores of a complete trial's model on the test part, for each of `evaluation.levels.LEVELS`.
+def by_level(store: Store, data: Data, folder: str, kind: levels.Kind) -> list[Scores]:
+    """The scores of a complete trial's model on the test part, for each of the levels of load.
 
     Raises InputError if the data have no request rate.
     """
     m = data.manifest
-    steps = levels.level_of(levels.cluster_rate(data.store, m))
+    rate = levels.cluster_rate(data.store, m)
+    steps = levels.level_of(rate, levels.bounds(kind, rate[m.boundaries[1] :]))
     model = saving.load(store, folder)
     rung = _on_cpu(model.to("cuda" if torch.cuda.is_available() else "cpu"))
     (validation,) = _measure(data, {"model": rung}, "val", None, None).values()

@@ -59,7 +59,7 @@ def caption(graph: LastGraph) -> str:
         "that had ended at the end of the telemetry: "
         f"{whole}. Load goes along the arrows. The wider an arrow, the stronger the dependency; the larger a "
         "dot, the higher the entity’s mean over the last look-back of "
-        f"{graph.metric} ({describe(graph.metric)})."
+        f"{graph.metric} ({describe(graph.metric, graph.normalised)})."
     )
 
 

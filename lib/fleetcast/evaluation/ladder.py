@@ -87,6 +87,8 @@ class DataSet:
     description: str
     metrics: tuple[str, ...]
     """F metrics."""
+    normalised: tuple[str, ...]
+    """Those whose unit nobody knows."""
     std: NDArray[np.float64]
     """[F] standard deviation of the training part."""
     mase_scale: NDArray[np.float64]

@@ -112,7 +112,9 @@ def cost(standing: Standing) -> Picture | None:
 def provisioning(standing: Standing, f: int) -> Picture:
     """Idle capacity against shortfall of metric f, a point for each quantile level."""
     metric = standing.data.metrics[f]
-    figure, (axes,) = plots.subplots("shortfall: " + describe(metric), height=_HEIGHT)
+    figure, (axes,) = plots.subplots(
+        "shortfall: " + describe(metric, standing.data.normalised), height=_HEIGHT
+    )
     axes.set_xlabel("idle, same unit")
     for name, style in styles(standing).items():
         one = standing.rungs[name].scores.pooled()

@@ -289,7 +289,8 @@ def _details(standing: Standing, f: int) -> Table:
     return Table(
         ("Forecast", *titles.values()),
         rows,
-        f"{data.name}, {_metric(metric)}: every figure; MAE, RMSE, pinball and WIS in the metric’s unit",
+        f"{data.name}, {_metric(data, metric)}: every figure; "
+        "MAE, RMSE, pinball and WIS in the metric’s unit",
         folded=True,
     )
 
@@ -349,13 +350,14 @@ def _peak_table(standing: Standing, found: dict[str, p.Peaks], f: int) -> Table:
             cells += [number(round(int(count[f, q]) / seeds)) for count in counts]
         rows.append(tuple(cells))
     counted = f"; hits, misses and false alarms of the {_level(at[-1][0])} quantile" if at else ""
-    title = f"{data.name}, {_metric(data.metrics[f])}{counted}"
+    title = f"{data.name}, {_metric(data, data.metrics[f])}{counted}"
     return Table(tuple(columns), rows, title, folded=f > 0)
 
 
-def _metric(metric: str) -> str:
+def _metric(data: DataSet, metric: str) -> str:
     """With what it measures, where that is known."""
-    return metric if describe(metric) == metric else f"{metric} ({describe(metric)})"
+    words = describe(metric, data.normalised)
+    return metric if words == metric else f"{metric} ({words})"
 
 
 def _level(level: float) -> str:
@@ -389,7 +391,7 @@ def _provisioning_table(standing: Standing, f: int) -> Table:
         for _, q in at:
             cells += [number(float(idle[q])), number(float(shortfall[q])), number(float(short[q] * 1440))]
         rows.append(tuple(cells))
-    title = f"{data.name}, {_metric(data.metrics[f])}"
+    title = f"{data.name}, {_metric(data, data.metrics[f])}"
     return Table(tuple(columns), rows, title, folded=f > 0)
 
 

@@ -1,15 +1,17 @@
 """Errors by how busy the whole cluster is: the concurrency levels of stgnn's stability test.
 
     rate = cluster_rate(store, manifest)             # [T] requests per second of all entities together
-    scores = by_level(batches, model, …, level_of(rate))
+    scores = by_level(batches, model, …, level_of(rate, bounds("paper", rate)))
 
 A target belongs to the level of the time that it is of, so a level is made of the same entities as the others
-and differs in when, not in whom.
+and differs in when, not in whom. The levels are the paper's, or, for clusters of any other size, fifths of
+the test part's time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,15 @@ from fleetcast.windows.views import read_values
 RATE = "request_rate"
 #: Upper bound [requests/s] → name (Xue et al., section IV, Fig. 3).
 LEVELS = {1000.0: "Low", 2500.0: "Medium", 5000.0: "High", 8000.0: "Very High", np.inf: "Extreme"}
+#: Share of the test part's time whose rates are lower or as high → name.
+FIFTHS = {
+    0.2: "Lowest fifth",
+    0.4: "Second fifth",
+    0.6: "Middle fifth",
+    0.8: "Fourth fifth",
+    1.0: "Highest fifth",
+}
+Kind = Literal["paper", "quantiles"]
 #: Steps at which a smaller share of the entities was observed have no level.
 _OBSERVED = 0.5
 
@@ -54,9 +65,19 @@ def cluster_rate(store: Store, manifest: Manifest) -> NDArray[np.float64]:
     return np.where(seen >= _OBSERVED * entities, total / np.maximum(seen, 1) * entities, np.nan)
 
 
-def level_of(rate: NDArray[np.float64]) -> NDArray[np.int64]:
-    """[T] the place of each step's level in LEVELS; −1 where the rate is not known."""
-    found = np.searchsorted(list(LEVELS), rate, side="left")
+def bounds(kind: Kind, rate: NDArray[np.float64]) -> list[float]:
+    """The upper bounds of the levels [requests/s]: the paper's, or those of fifths of the test part's time,
+    of which these are the cluster's rates."""
+    if kind == "paper":
+        return list(LEVELS)
+    known = rate[np.isfinite(rate)]
+    shares = [share for share in FIFTHS if share < 1]
+    return [*(np.quantile(known, shares) if len(known) else [0.0] * len(shares)), np.inf]
+
+
+def level_of(rate: NDArray[np.float64], bounds: Sequence[float] = tuple(LEVELS)) -> NDArray[np.int64]:
+    """[T] the place of each step's level among those that end at `bounds`; −1 where the rate is not known."""
+    found = np.searchsorted(list(bounds), rate, side="left")
     return np.where(np.isfinite(rate), found, -1)
 
 
@@ -69,7 +90,8 @@ def by_level(
     shifts: NDArray[np.float64],
     levels: NDArray[np.int64],
 ) -> list[Scores]:
-    """The scores of a rung on some batches, for each of LEVELS; `levels` [T] as `level_of` gives them."""
+    """The scores of a rung on some batches, for each of the five levels; `levels` [T] as `level_of` gives
+    them."""
     floor = np.asarray(scaler.std) * FLOOR
     total = [Scores.zeros(horizon, quantiles, floor, scaler.mean) for _ in LEVELS]
     for batch in batches:

@@ -21,7 +21,7 @@ from fleetcast.evaluation import metrics as m
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration, skill_rung
 from fleetcast.evaluation.page import Picture, lead_time, number, percent, template
-from fleetcast.schemas import describe, describe_total
+from fleetcast.schemas import describe, describe_total, has_total
 from fleetcast.windows.graph import LastGraph
 
 #: A smaller relative difference between two errors is called a tie: an independent rerun of a published model
@@ -53,8 +53,12 @@ class NightlyReport:
     """H, forecast steps."""
     step: int
     """Seconds of a step."""
+    marks: Sequence[tuple[str, datetime, datetime]]
+    """Holidays and events around the forecast: name, start and end."""
     metrics: tuple[str, ...]
     """F metrics, in the order of the last axis of the scores."""
+    normalised: tuple[str, ...]
+    """Those whose unit nobody knows."""
     ladder: Ladder
     """(rung, scores on the test part) of the model and every naive rung: same windows and mask."""
     mase_scale: np.ndarray
@@ -202,12 +206,12 @@ def _top_peaks(report: NightlyReport) -> dict[str, pl.DataFrame]:
 
 def _total_plots(report: NightlyReport) -> list[Picture]:
     pictures = []
-    for metric in report.metrics:
+    for metric in filter(has_total, report.metrics):
         chosen = pl.col("metric") == metric
         history, forecast = report.total_history.filter(chosen), report.total_forecast.filter(chosen)
         if len(forecast):
-            quantity = describe_total(metric)
-            pictures.append(_forecast_plot(metric, quantity, history, forecast))
+            quantity = describe_total(metric, report.normalised)
+            pictures.append(_forecast_plot(report, metric, quantity, history, forecast))
     return pictures
 
 
@@ -219,17 +223,22 @@ def _entity_plots(report: NightlyReport) -> list[Picture]:
             chosen = (pl.col("metric") == metric) & (pl.col("entity") == entity)
             history, forecast = report.entity_history.filter(chosen), report.entity_forecast.filter(chosen)
             if len(forecast):
-                pictures.append(_forecast_plot(entity, describe(metric), history, forecast))
+                pictures.append(
+                    _forecast_plot(report, entity, describe(metric, report.normalised), history, forecast)
+                )
         return pictures
     return []
 
 
-def _forecast_plot(title: str, quantity: str, history: pl.DataFrame, forecast: pl.DataFrame) -> Picture:
+def _forecast_plot(
+    report: NightlyReport, title: str, quantity: str, history: pl.DataFrame, forecast: pl.DataFrame
+) -> Picture:
     figure, (axes,) = plots.subplots(quantity)
     history, forecast = history.sort("time"), forecast.sort("time")
     plots.line(axes, history["time"].to_numpy(), history["value"].to_numpy(), "observed", plots.OBSERVED)
     bands = {label: (forecast[low].to_numpy(), forecast[high].to_numpy()) for label, low, high in _BANDS}
     plots.fan(axes, forecast["time"].to_numpy(), forecast["mean"].to_numpy(), bands)
+    plots.shade(axes, report.marks)
     plots.legend(figure, axes)
     alt = f"{title}: {quantity}, observed and forecast with 50 % and 90 % intervals"
     return Picture(title, plots.png(figure), alt)
@@ -240,7 +249,7 @@ _BANDS = (("90 %", "q05", "q95"), ("50 %", "q25", "q75"))
 
 def _horizon_plot(report: NightlyReport, f: int) -> Picture:
     metric = report.metrics[f]
-    figure, (axes,) = plots.subplots("MAE: " + describe(metric))
+    figure, (axes,) = plots.subplots("MAE: " + describe(metric, report.normalised))
     ahead = lead_time(axes, report.horizon, report.step)
     # The model in front of the rungs, in its own colour wherever it stands in the ladder.
     for name, scores in sorted(report.ladder, key=lambda rung: rung[0] != report.model):

@@ -21,10 +21,11 @@ from fleetcast.evaluation.report import NightlyReport, ladder_table, render, tex
 from fleetcast.forecasting.predict import ForecastOptions
 from fleetcast.forecasting.run import OVERVIEW, forecast, read_selected
 from fleetcast.ingest.options import IngestOptions
-from fleetcast.ingest.run import ingest
 from fleetcast.ingest.shards import shard
+from fleetcast.ingest.sources import SourceShardOptions, load, windows_of
 from fleetcast.runtime import PeakMemory
 from fleetcast.store import MANIFEST, Store
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.training.options import TrainOptions
 from fleetcast.training.register import SELECTED
 from fleetcast.training.run import train_model
@@ -35,16 +36,23 @@ from fleetcast.windows.manifest import Manifest, ShardOptions
 log = logging.getLogger("fleetcast")
 
 
+#: Wrong clocks that the report names.
+_CLOCKS = 3
 #: Windows of a night: long enough for weekly cycles, and no longer after a year.
 _EIGHT_WEEKS = 8 * 7 * 86_400
 
 
-class NightlyShardOptions(ShardOptions):
-    """As of the shard job, but of the last eight weeks: what a night costs does not grow with the store."""
+class NightlyShardOptions(SourceShardOptions):
+    """As of the shard job, but of the last eight weeks: what a night costs does not grow with the store. What
+    is not given of a table's windows is taken from the table (`windows_of`)."""
 
     span: Seconds | None = Field(_EIGHT_WEEKS, ge=1)
     """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
     there is telemetry of in them; all of it if None."""
+
+    def resolve(self, derived: dict[str, Any]) -> ShardOptions:
+        """What is given, else `derived`, else the defaults here."""
+        return super().resolve({"span": _EIGHT_WEEKS} | derived)
 
 
 class NightlyOptions(Options):
@@ -52,6 +60,8 @@ class NightlyOptions(Options):
 
     ingest: IngestOptions = IngestOptions()
     """From raw rows to telemetry and dependencies."""
+    tabular: TabularOptions | None = None
+    """A table of any origin instead of raw files, with the names of its columns."""
     shard: NightlyShardOptions = NightlyShardOptions()
     """From telemetry to windows."""
     train: TrainOptions = TrainOptions()
@@ -65,6 +75,8 @@ class NightlyOptions(Options):
     @model_validator(mode="after")
     def _one_dataset(self) -> NightlyOptions:
         """All stages work on the dataset that `shard` builds."""
+        if self.tabular is None:  # a table's windows are only known once it is read
+            self.shard.resolve({})
         name = self.shard.windows
         for stage in (self.train, self.forecast):
             if stage.windows not in ("default", name):
@@ -107,8 +119,9 @@ class _Stages:
         )
 
 
-def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any]:
-    """Runs all stages, writes the report, prints the summary, and returns the run's figures.
+def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[str, Any]:
+    """Runs all stages on a source, or on the table of the options if there is none; writes the report, prints
+    the summary, and returns the run's figures.
 
     If training fails but an earlier model is selected, that one forecasts, and then the failure is raised: a
     forecast is out, but the result is not whole.
@@ -117,12 +130,14 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
     stages = _Stages()
     stages.run(
         "ingest",
-        lambda: ingest(store, source, options.ingest),
-        lambda f: f"{sum(f['rows_read'].values()):,} rows",
+        lambda: load(store, source, options.ingest, options.tabular),
+        _read,
     )
     stages.run(
         "shard",
-        lambda: shard(store, options.shard),
+        lambda: shard(
+            store, windows_of(options.shard, options.tabular, store.read_json(f"telemetry/{MANIFEST}"))
+        ),
         lambda f: f"{f['entities']} entities, {f['shards']} shards",
     )
     failure: Exception | None = None
@@ -152,9 +167,20 @@ def nightly(store: Store, source: str, options: NightlyOptions) -> dict[str, Any
             row["stage"]: {name: row[name] for name in ("status", "seconds", "note")} for row in stages.rows
         },
         **{name: stages.figures["ingest"][name] for name in ("rows_read", "rows_rejected", "values_nulled")},
+        **({"clocks": off} if (off := stages.figures["ingest"].get("clocks")) else {}),
         **{name: stages.figures["shard"][name] for name in ("entities", "windows")},
         **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
     }
+
+
+def _read(figures: dict[str, Any]) -> str:
+    """What ingest read, and clocks that it did not believe."""
+    off = [
+        f"{one['column']} of {one['file']} is off by {one['offset']:+,} s"
+        for one in figures.get("clocks", ())
+    ]
+    more = f", and {len(off) - _CLOCKS} more" if len(off) > _CLOCKS else ""
+    return "; ".join([f"{sum(figures['rows_read'].values()):,} rows", *off[:_CLOCKS]]) + more
 
 
 def _kept(store: Store, options: NightlyOptions) -> dict[str, Any] | None:
@@ -230,17 +256,21 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
         issued=issued,
         store=store.uri,
         model=selected.name,
-        entities=data.entities,
+        entities=published["figures"]["entities"],
         horizon=data.horizon,
         step=data.step,
+        marks=_marks(data),
         metrics=data.metrics,
+        normalised=data.normalised,
         ladder=[(rung, Scores.from_json(state)) for rung, state in scores.items()],
         mase_scale=np.asarray(selected.manifest["seasonal_error"]),
         summary=[
             ("rows read", sum(read["rows_read"].values())),
             ("rows rejected", sum(row[2] for row in rejected)),
             ("values made null", nulled),
-            ("entities", data.entities),
+            ("entities", published["figures"]["entities"]),
+            ("entities that are gone, not forecast", published["figures"]["gone"]),
+            ("entities that have just begun, by their siblings", published["figures"]["cold_starts"]),
             ("steps", data.steps),
             *((f"{part} windows", data.windows(part)) for part in manifests.PARTS),
             ("forecast rows", published["figures"]["rows"]),
@@ -273,6 +303,13 @@ def _key(peak: dict[str, Any]) -> dict[str, str]:
 
 def _time(data: Manifest, step: int) -> datetime:
     return datetime.fromtimestamp(data.start, UTC) + timedelta(seconds=data.step * step)
+
+
+def _marks(data: Manifest) -> list[tuple[str, datetime, datetime]]:
+    """Holidays and events from three horizons before the forecast to its end."""
+    first, last = (data.start + data.step * (data.steps + n * data.horizon) for n in (-3, 1))
+    found = data.calendar.within(first, last)
+    return [(name, datetime.fromtimestamp(a, UTC), datetime.fromtimestamp(b, UTC)) for name, a, b in found]
 
 
 def _history(data: Manifest, series: list[tuple[dict[str, str], dict[str, Any]]]) -> pl.DataFrame:

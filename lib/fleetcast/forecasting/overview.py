@@ -25,11 +25,16 @@ _Q95 = QUANTILES.index(0.95)
 
 def of_group(found: GroupForecast, data: Manifest) -> dict[str, Any]:
     """A group's share of the overview, as plain lists."""
-    observed = np.isfinite(found.history)
+    history = np.concatenate([found.history, found.gone], axis=1)
+    observed = np.isfinite(history)
+    # Who is gone was there until it was last observed.
+    until = np.maximum.accumulate(np.isfinite(found.gone)[::-1])[::-1].sum(1)
     peaks = [peak for f, metric in enumerate(data.metrics) for peak in _peaks(found, f, metric)]
     return {
-        "history_sum": np.where(observed, found.history, 0).sum(1).tolist(),
+        "entities": len(found.entities),
+        "history_sum": np.where(observed, history, 0).sum(1).tolist(),
         "history_count": observed.sum(1).tolist(),
+        "history_there": (len(found.entities) + until).tolist(),
         "mean_sum": found.mean.sum(1).tolist(),
         "peaks": peaks,
     }
@@ -72,10 +77,11 @@ def together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     known = min(len(share["history_sum"]) for share in (one, other))
     sums = {
         name: (np.asarray(one[name])[-known:] + np.asarray(other[name])[-known:]).tolist()
-        for name in ("history_sum", "history_count")
+        for name in ("history_sum", "history_count", "history_there")
     }
     return {
         **sums,
+        "entities": one["entities"] + other["entities"],
         "mean_sum": (np.asarray(one["mean_sum"]) + np.asarray(other["mean_sum"])).tolist(),
         "peaks": _highest([*one["peaks"], *other["peaks"]]),
     }
@@ -97,12 +103,14 @@ def of_cluster(
 
     `shifts` [K, F, Q] are the validation part's quantiles of the error of the mean over entities; times the
     number of entities they are the total's interval. In the past the total is the mean over the entities that
-    were observed, times all entities; null where fewer than half were.
+    were observed, times those that were there, some of which may be gone; null where fewer than half were
+    observed.
     """
-    entities = data.entities
     whole = reduce(together, groups)
-    total, count, mean = (np.asarray(whole[name]) for name in ("history_sum", "history_count", "mean_sum"))
-    history = np.where(count >= entities / 2, total / np.maximum(count, 1) * entities, np.nan)
+    entities = whole["entities"]
+    total, count, there = (np.asarray(whole[f"history_{name}"]) for name in ("sum", "count", "there"))
+    mean = np.asarray(whole["mean_sum"])
+    history = np.where(count >= there / 2, total / np.maximum(count, 1) * there, np.nan)
     horizon = np.arange(data.horizon)
     quantiles = mean[..., None] + entities * shifts[bucket_of(horizon, data.horizon)]
     quantiles = np.maximum(np.sort(quantiles, axis=-1), 0)

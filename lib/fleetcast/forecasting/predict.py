@@ -13,18 +13,27 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fleetcast import schemas
-from fleetcast.config import Options
+from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Forecast, Rung
+from fleetcast.forecasting.cold_start import begin_earlier, siblings
 from fleetcast.models import saving
 from fleetcast.schemas import FRACTIONS, QUANTILES
 from fleetcast.store import MANIFEST, Store
 from fleetcast.windows.batch import Batch
 from fleetcast.windows.manifest import Manifest, Scaler, Shard
-from fleetcast.windows.views import OpenShard
+from fleetcast.windows.views import OpenShard, read_values
 
 log = logging.getLogger("fleetcast")
+
+
+#: What a model saw that was trained before there were calendars.
+_CLOCK_ALONE: dict[str, Any] = {"marks": [], "timezone": "UTC"}
+
+
+#: What is said of a forecast whose entity has only just begun.
+COLD = " (cold start)"
 
 
 class ForecastOptions(Options):
@@ -34,6 +43,9 @@ class ForecastOptions(Options):
     """Name of the windows dataset whose end is the forecast's origin."""
     min_history_share: float = Field(0.25, ge=0, le=1)
     """Share of the look-back [0-1] that must be observed of an entity; else it gets the naive forecast."""
+    gone_after: Seconds = Field(86_400, ge=0)
+    """An entity that nothing was observed of for so long [s, or 1d], nor in the look-back, has been shut down
+    or renamed: it is not forecast."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +98,9 @@ class Selected:
     def check(self, data: Manifest) -> None:
         """Raises InputError if the model does not fit a windows dataset."""
         own = self.manifest
-        wanted = {**self._read(saving.CONFIG)["geometry"], "step": own["step"], "level": own["level"]}
-        for name in ("level", "step", "metrics", "history", "horizon", "lags"):
+        wanted = {**_CLOCK_ALONE, **self._read(saving.CONFIG)["geometry"]}
+        wanted |= {"step": own["step"], "level": own["level"]}
+        for name in ("level", "step", "metrics", "history", "horizon", "lags", "marks", "timezone"):
             given = getattr(data, name)
             given = list(given) if isinstance(given, tuple) else given
             if given != wanted[name]:
@@ -116,20 +129,34 @@ class GroupForecast:
     """The forecast of one group in original units."""
 
     entities: tuple[str, ...]
+    """N of the group's own that there is still telemetry of."""
     mean: NDArray[np.float64]
     """[H, N, F]."""
     quantiles: NDArray[np.float64]
     """[H, N, F, Q], rising."""
     fallback: list[str | None]
     """Per entity: why it has the naive forecast, or None."""
+    cold: list[bool]
+    """Per entity: whether it has only just begun and its siblings stood in for its past."""
     history: NDArray[np.float64]
     """[3 H or less, N, F] what was observed before the origin, NaN in gaps."""
+    gone: NDArray[np.float64]
+    """[3 H or less, G, F] the same of those that nothing was observed of in the whole look-back: they have
+    been shut down, or renamed, and are not forecast."""
 
 
-def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, share: float) -> GroupForecast:
-    """Forecasts a group's own entities from the end of the telemetry."""
+def predict(
+    store: Store, data: Manifest, shard: Shard, selected: Selected, options: ForecastOptions
+) -> GroupForecast:
+    """Forecasts a group's own entities from the end of the telemetry, but those that are gone."""
     scaler = selected.scaler
     opened = OpenShard.read(store, data, shard, scaler, selected.places)
+    history, recent = _history(opened, data, scaler), max(data.history, -(-options.gone_after // data.step))
+    here = np.atleast_1d(opened.last_steps(recent)[1].any((0, 2)))
+    kin, new = siblings(store, data, shard.group), list[int]()
+    if any(kin):
+        filled, new = begin_earlier(read_values(store, data, shard, border=True), kin, data.history)
+        opened = opened.of(filled) if new else opened
     batch = opened.batch(np.array([data.steps]))
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]
@@ -138,17 +165,19 @@ def predict(store: Store, data: Manifest, shard: Shard, selected: Selected, shar
     own, reasons = stand_in, [refused] * len(entities)
     if model is not None:
         own, reasons = _by_model(selected, model, batch, scaler, len(entities))
-    reasons = [_too_little(batch, n, share) or reason for n, reason in enumerate(reasons)]
+    reasons = [_too_little(batch, n, options.min_history_share) or reason for n, reason in enumerate(reasons)]
     use_naive = np.array([reason is not None for reason in reasons])
     mean = np.where(use_naive[:, None], stand_in.mean[0], own.mean[0])
     quantiles = np.where(use_naive[:, None, None], stand_in.quantiles[0], own.quantiles[0])
     low, high = bounds(data.metrics)
     return GroupForecast(
-        entities,
-        np.clip(mean, low, high),
-        np.clip(quantiles, low[:, None], high[:, None]),
-        reasons,
-        _history(opened, data, scaler),
+        tuple(name for name, is_here in zip(entities, here, strict=True) if is_here),
+        np.clip(mean, low, high)[:, here],
+        np.clip(quantiles, low[:, None], high[:, None])[:, here],
+        [reason for reason, is_here in zip(reasons, here, strict=True) if is_here],
+        [n in new for n in np.flatnonzero(here).tolist()],
+        history[:, here],
+        history[:, ~here],
     )
 
 
@@ -208,7 +237,12 @@ def rows(found: GroupForecast, data: Manifest, model: str, naive: str) -> pa.Tab
         "time": pa.array(np.tile(times, entities * metrics)).cast(schemas.TIME),
         "mean": flat(found.mean),
         **{schemas.quantile_name(q): flat(found.quantiles[..., i]) for i, q in enumerate(QUANTILES)},
-        "model": per_entity([model if reason is None else naive for reason in found.fallback]),
+        "model": per_entity(
+            [
+                (model if reason is None else naive) + (COLD if cold else "")
+                for reason, cold in zip(found.fallback, found.cold, strict=True)
+            ]
+        ),
         "fallback": per_entity(found.fallback),
     }
     return pa.table(columns).cast(schemas.FORECASTS)

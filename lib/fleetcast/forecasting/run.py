@@ -61,16 +61,18 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
     }
 
     def work_on(item: dict[str, Any]) -> dict[str, Any]:
-        tables, shares, fallbacks = [], [], Counter[str]()
+        tables, shares, fallbacks, gone, cold = [], [], Counter[str](), 0, 0
         for shard in item["shards"]:
-            found = predict(store, data, Shard(**shard), selected, options.min_history_share)
+            found = predict(store, data, Shard(**shard), selected, options)
             tables.append(rows(found, data, selected.rung, selected.naive))
             shares.append(overview.of_group(found, data))
             fallbacks.update(reason for reason in found.fallback if reason)
+            gone += found.gone.shape[1]
+            cold += sum(found.cold)
         table = pa.concat_tables(tables).unify_dictionaries()
         store.write_json(item["overview"], reduce(overview.together, shares))
         store.write_table(item["target"], table)
-        return {"rows": len(table), "fallbacks": dict(fallbacks)}
+        return {"rows": len(table), "fallbacks": dict(fallbacks), "gone": gone, "cold": cold}
 
     room = memory.windows(data, 1, data.last_shards)
     receipts = list(make(store, plan, work_on, f"{work}/receipts", "forecast: groups", room).values())
@@ -80,7 +82,9 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
         fallbacks.update(receipt["fallbacks"])
     figures = {
         "issued": f"{issued:%Y-%m-%dT%H:%M:%SZ}",
-        "entities": data.entities,
+        "entities": data.entities - sum(receipt["gone"] for receipt in receipts),
+        "gone": sum(receipt["gone"] for receipt in receipts),
+        "cold_starts": sum(receipt["cold"] for receipt in receipts),
         "rows": sum(receipt["rows"] for receipt in receipts),
         "model": selected.rung,
         "fallbacks": dict(sorted(fallbacks.items())),
@@ -120,6 +124,7 @@ def _publish(
             "windows": data.name,
             "level": data.level,
             "metrics": list(data.metrics),
+            "normalised": list(data.normalised),
             "step": data.step,
             "horizon": data.horizon,
             "model": selected.folder,

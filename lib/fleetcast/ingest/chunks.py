@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import polars as pl
@@ -14,7 +16,7 @@ from fleetcast.ingest.options import IngestOptions
 from fleetcast.store import Store
 from fleetcast.traces import TRACES
 from fleetcast.traces.parts import PartWriter
-from fleetcast.traces.raw import Binning, parse
+from fleetcast.traces.raw import Binning, Table, parse
 
 PARTS = "ingested/parts"
 RECEIPTS = "ingested/chunks"
@@ -48,8 +50,13 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     rows = size = 0
     reasons: Counter[str] = Counter()
     nulled: Counter[str] = Counter()
-    for offset, block in archives.blocks(store, chunk) if chunk.csv else files.blocks(chunk):
+    table, begin = _as_written(store, chunk, table)
+    for offset, block in _blocks(store, chunk):
         size += len(block)
+        if offset < begin:
+            offset, block = begin, block[begin - offset :]
+        if not block:
+            continue
         parsed = parse(block, table)
         rows += parsed.rows
         nulled.update(parsed.invalid)
@@ -73,3 +80,16 @@ def ingest_chunk(store: Store, chunk: Chunk, options: IngestOptions) -> dict[str
     }
     store.write_json(receipt_file, receipt)
     return receipt
+
+
+def _blocks(store: Store, chunk: Chunk) -> Generator[tuple[int, bytes], None, None]:
+    yield from archives.blocks(store, chunk) if chunk.csv else files.blocks(chunk)
+
+
+def _as_written(store: Store, chunk: Chunk, table: Table) -> tuple[Table, int]:
+    """The table with the columns of the chunk's file, and where in the csv its rows begin."""
+    if not table.header:
+        return table, 0
+    with closing(_blocks(store, chunk.model_copy(update={"start": 0, "stop": 1}))) as first:
+        line = next(first)[1].split(b"\n", 1)[0]
+    return table.of_header(line.decode(errors="replace"), chunk.file.uri), len(line) + 1

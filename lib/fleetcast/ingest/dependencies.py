@@ -4,7 +4,7 @@ its services, slice by slice."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -73,13 +73,22 @@ def combine_dependencies(
 
 
 def combine_calls(store: Store, options: IngestOptions, item: dict[str, Any]) -> dict[str, Any]:
-    """Calls → dependencies between services of `item["day"]`."""
-    calls = _of_day(store, "calls", item["calls"])
-    assert calls is not None, "a day is only planned where there are parts"
+    """Calls, and logs of single ones, → dependencies between services of `item["day"]`."""
+    counted = [_of_day(store, "calls", item["calls"]), *_spans(store, item["spans"], options.slice)]
+    calls = pl.concat([rows for rows in counted if rows is not None], how="diagonal_relaxed")
     found = sparsify.strongest(dependencies.of_kind("call", calls.lazy()), options.neighbours)
     edges = found.sort("time", "kind", "target", "source")
     store.write_table(item["target"], edges.to_arrow().cast(schemas.DEPENDENCIES))
     return {"edges": {"call": len(edges)}}
+
+
+def _spans(store: Store, buckets: Mapping[str, Parts], width: int) -> Iterator[pl.DataFrame]:
+    """How many calls there were of each pair in each slice, bucket by bucket: a log is long."""
+    slices = (pl.col("time").dt.epoch("s") // width * width * 1000).cast(pl.Datetime("ms", "UTC"))
+    for _, parts in sorted(buckets.items()):
+        spans = read_parts(store, "spans", parts)
+        if spans is not None:
+            yield spans.group_by(slices, "source", "target").agg(weight=pl.len().cast(pl.Float64))
 
 
 def _near(store: Store, product: str, days: list[Parts]) -> pl.DataFrame | None:

@@ -17,7 +17,8 @@ class IngestOptions(Options):
     """From raw rows to telemetry, entities and dependencies."""
 
     trace: str = "alibaba-2018"
-    """The format of the raw tables: alibaba-2018; or prometheus, of a server that is asked for them."""
+    """The format of the raw tables: alibaba-2018, microservices-v2021, microservices-v2022; or prometheus, of
+    a server that is asked for them."""
     start: datetime = datetime(2018, 1, 1, tzinfo=UTC)
     """UTC time of the trace's second 0, at midnight. The publisher does not say it; a Monday is assumed."""
     step: Seconds = 300

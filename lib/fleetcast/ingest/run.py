@@ -168,6 +168,7 @@ def ingest(store: Store, source: str, options: IngestOptions) -> dict[str, Any]:
         {
             "settings": state.settings,
             "metrics": list(TRACES[options.trace].metrics),
+            "normalised": sorted(TRACES[options.trace].normalised),
             "spans": {
                 kind: {"first": min(r["first"] for r in made), "last": max(r["last"] for r in made)}
                 for kind, made in kinds.items()
@@ -429,7 +430,8 @@ def _build_dependencies(
     plan = _dependency_plan(days, telemetry, _place_containers(store, days))
     # Of one day and the day before, or of all buckets of a day; placements are few.
     calls = (options.buckets or 1) * _rows(state, days, "calls")
-    room = memory.merging(max(calls, 2 * _rows(state, days, "tasks", "instances")), FLUSH_ROWS)
+    most = max(calls, _rows(state, days, "spans"), 2 * _rows(state, days, "tasks", "instances"))
+    room = memory.merging(most, FLUSH_ROWS)
     return make(store, plan, work, f"{_OUTPUTS}/dependencies", "ingest: dependencies", room)
 
 
@@ -496,9 +498,9 @@ def _dependency_plan(
             item["telemetry"] = machines.get(yesterday, [])
             item["inputs"] = [telemetry[path]["inputs"] for path in item["telemetry"]]
         plan[f"dependencies/date={day}/machine.parquet"] = item
-    for day in sorted(days["calls"]):
-        calls = {"day": day, "calls": days["calls"][day]}
-        plan[f"dependencies/date={day}/service.parquet"] = calls
+    for day in sorted({*days["calls"], *days["spans"]}):
+        called = {product: days[product].get(day, {}) for product in ("calls", "spans")}
+        plan[f"dependencies/date={day}/service.parquet"] = {"day": day, **called}
     return plan
 
 

@@ -183,11 +183,17 @@ def _draft(
         for lag in sorted(options.lags)
         if horizon <= lag // options.step <= boundaries[0] - horizon
     )
+    calendar = options.calendar.resolve(start, start + steps * options.step)
+    trained = calendar.within(start, start + boundaries[0] * options.step)
+    for name in set(calendar.names) - {name for name, _, _ in trained}:
+        log.warning("shard: %s is not in the training part: no model can know what it does", name)
     sizes = [len(group) + len(border) for group, border in zip(groups, borders, strict=True)]
     return Manifest(
         name=options.windows,
         level=options.level,
         metrics=options.metrics,
+        calendar=calendar,
+        normalised=tuple(telemetry.get("normalised", ())),
         start=start,
         step=options.step,
         steps=steps,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fleetcast.config import Options
 from fleetcast.errors import InputError
 from fleetcast.windows.batch import Batch
-from fleetcast.windows.calendar import FEATURES
 from fleetcast.windows.manifest import Manifest
 
 
@@ -22,6 +21,10 @@ class Geometry(Options):
     """S seasonal lags in steps, each at least the horizon."""
     calendar: int
     """C time features."""
+    marks: tuple[str, ...] = ()
+    """What the last of them are: holidays and events."""
+    timezone: str = "UTC"
+    """In which the others count days."""
     quantiles: tuple[float, ...]
     """Q quantile levels, rising; empty for point forecasts only."""
     entities: tuple[str, ...]
@@ -36,7 +39,9 @@ class Geometry(Options):
             horizon=data.horizon,
             metrics=data.metrics,
             lags=data.lags,
-            calendar=FEATURES,
+            calendar=data.calendar.features,
+            marks=data.marks,
+            timezone=data.timezone,
             quantiles=quantiles,
             entities=data.names,
         )

@@ -64,6 +64,7 @@ class Ridge(Fitted):
         self.alphas, self.others = config.alphas, config.others
         metrics, horizon = len(geometry.metrics), geometry.horizon
         self.past = 1 + 2 * geometry.history * (1 + len(geometry.lags)) + 2 * config.others * (metrics - 1)
+        self.past += len(geometry.marks)
         self.ahead = geometry.calendar + 2 * len(geometry.lags)
         self.register_buffer("weight", torch.zeros(metrics, horizon, self.past + self.ahead))
         self.register_buffer("error", torch.zeros(metrics, horizon))
@@ -124,6 +125,8 @@ class Ridge(Fitted):
             metrics = range(x.shape[2])
             other = torch.tensor([[g for g in metrics if g != f] for f in metrics], device=x.device)
             parts += [x[..., -1][..., other], missing[..., -1][..., other]]
+        if marks := len(self.geometry.marks):  # a holiday's first hours differ from those that follow them
+            parts.append(batch.time_x[:, -1, None, None, -marks:].expand(*x.shape[:3], -1))
         return torch.cat(parts, -1)
 
     def _ahead(self, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ def cluster(snapshot: Snapshot, clock: str) -> dict[str, Any]:
     return issue(snapshot, clock) | {
         "level": m["level"],
         "entities": len(snapshot.entities),
-        "metrics": [{"name": name, "unit": describe(name)} for name in snapshot.metrics],
+        "metrics": [{"name": name, "unit": describe(name, snapshot.normalised)} for name in snapshot.metrics],
         "step": snapshot.step,
         "horizon": snapshot.horizon,
         "quantiles": list(QUANTILES),
@@ -61,14 +61,19 @@ def steps_of(hours: float | None, step: int, horizon: int) -> int:
 
 
 def series(
-    values: Floats, metrics: Sequence[str], chosen: Sequence[int], quantiles: Sequence[float], steps: int
+    values: Floats,
+    metrics: Sequence[str],
+    normalised: Sequence[str],
+    chosen: Sequence[int],
+    quantiles: Sequence[float],
+    steps: int,
 ) -> list[dict[str, Any]]:
     """`schemas.Series` of an entity's [F, H, 1 + Q]."""
     columns = {f"{quantile:g}": column(quantile) for quantile in quantiles}
     return [
         {
             "metric": metrics[f],
-            "unit": describe(metrics[f]),
+            "unit": describe(metrics[f], normalised),
             "mean": np.ascontiguousarray(values[f, :steps, MEAN]),
             "quantiles": {
                 name: np.ascontiguousarray(values[f, :steps, place]) for name, place in columns.items()
@@ -94,7 +99,9 @@ def forecasts(
             {
                 "entity": snapshot.entities[place],
                 "fallback": snapshot.fallback[place],
-                "series": series(snapshot.values[place], snapshot.metrics, metrics, quantiles, steps),
+                "series": series(
+                    snapshot.values[place], snapshot.metrics, snapshot.normalised, metrics, quantiles, steps
+                ),
             }
             for place in places
         ],
@@ -116,7 +123,7 @@ def live(
             {
                 "entity": name,
                 "fallback": reason,
-                "series": series(values, found.metrics, every, quantiles, steps),
+                "series": series(values, found.metrics, found.normalised, every, quantiles, steps),
             }
             for name, values, reason in zip(names, answer.values, answer.reasons, strict=True)
         ],
@@ -137,7 +144,7 @@ def total(snapshot: Snapshot, clock: str, metric: str, places: Sequence[int] | N
     return issue(snapshot, clock) | {
         "entities": len(snapshot.entities) if places is None else len(places),
         "metric": metric,
-        "unit": describe_total(metric),
+        "unit": describe_total(metric, snapshot.normalised),
         "times": snapshot.times,
         "mean": np.ascontiguousarray(values[:, MEAN]),
         "quantiles": {f"{q:g}": np.ascontiguousarray(values[:, column(q)]) for q in QUANTILES},
@@ -239,6 +246,10 @@ def scaling(
 ) -> dict[str, Any]:
     """`schemas.Scaling`: of the highest load until the lead time is over. Raises InputError where a capacity
     cannot be told."""
+    if metric.removesuffix("_max") in snapshot.normalised:
+        raise InputError(
+            f"metric: {metric} is normalised over the trace, expected one with a unit to scale by"
+        )
     moment = now(clock, snapshot)
     first = snapshot.first_step(moment)
     last = first + max(1, math.ceil(lead_minutes * 60 / snapshot.step))

@@ -132,6 +132,11 @@ class Snapshot:
         return tuple(self.manifest["metrics"])
 
     @property
+    def normalised(self) -> tuple[str, ...]:
+        """Those whose unit nobody knows."""
+        return tuple(self.manifest.get("normalised", ()))
+
+    @property
     def step(self) -> int:
         """Width of a step [s]."""
         return int(self.manifest["step"])

@@ -36,6 +36,8 @@ class Found:
 
     answer: Answer
     metrics: tuple[str, ...]
+    normalised: tuple[str, ...]
+    """Those whose unit nobody knows."""
     step: int
     """Width of a step [s]."""
     model: str
@@ -108,7 +110,7 @@ class Models:
         live = self.live
         if live is None:
             return [NotReady(self.reason)] * len(asked)
-        about = (live.data.metrics, live.data.step, live.selected.rung)
+        about = (live.data.metrics, live.data.normalised, live.data.step, live.selected.rung)
         return [one if isinstance(one, InputError) else Found(one, *about) for one in live.forecast(asked)]
 
     def add(self, points: Sequence[Points]) -> tuple[int, dict[str, int]] | NotReady:

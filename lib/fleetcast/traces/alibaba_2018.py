@@ -11,9 +11,11 @@ from __future__ import annotations
 import polars as pl
 
 from fleetcast.traces.raw import Binning, Table
+from fleetcast.traces.usage import LARGEST, bins, clock, entities, missing, unix
 
 #: Metric → raw column, and what to divide it by to reach our unit.
-_USAGE = {
+Usage = dict[str, tuple[str, float]]
+_USAGE: Usage = {
     "cpu": ("cpu_util_percent", 100.0),
     "memory": ("mem_util_percent", 100.0),
     "disk_io": ("disk_io_percent", 100.0),
@@ -30,11 +32,6 @@ METRICS = {metric: divisor for metric, (_, divisor) in _CONTAINER_USAGE.items()}
 #: The tables that telemetry is made of.
 TELEMETRY = ("machine_usage", "container_usage")
 
-#: A stamp later than this is a broken clock, not a long trace.
-_LATEST = 10 * 366 * 86_400
-#: No count is larger, and its float32 is still finite.
-_LARGEST = 1e30
-
 #: The letter means nothing; then the task's number, the numbers it waits for, and maybe a suffix (`_Stg8`).
 _TASK_NAME = r"^[A-Za-z](\d+)((?:_\d+)*)_?(?:_[A-Za-z].*)?$"
 #: Names are cut off here, so a last number that ends here may be the stump of a longer one.
@@ -43,99 +40,32 @@ _TASK_NAME_LIMIT = 50
 _text, _integer, _real = pl.String, pl.Int64, pl.Float32
 
 
-def _missing(column: str) -> dict[str, pl.Expr]:
-    return {f"{column} is empty": pl.col(column).is_null()}
-
-
-def _clock(column: str) -> dict[str, pl.Expr]:
-    time = pl.col(column)
-    return {
-        f"{column} is empty": time.is_null(),
-        f"{column} is outside 0 to 10 years": ~time.is_between(0, _LATEST),
-    }
-
-
 #: Running and Waiting records carry end_time 0; any other end before the start is a clock that ran backwards.
 _ENDS_EARLY = {
     "end_time is before start_time": (pl.col("end_time") != 0) & (pl.col("end_time") < pl.col("start_time"))
 }
 
 
-def _invalid(usage: dict[str, tuple[str, float]]) -> dict[str, pl.Expr]:
+def _invalid(usage: Usage) -> dict[str, pl.Expr]:
     """Present values that no fraction of capacity, and no count, can have; nan and inf are among them."""
     return {
-        column: ~pl.col(column).is_between(0, 100 if divisor == 100.0 else _LARGEST)
+        column: ~pl.col(column).is_between(0, 100 if divisor == 100.0 else LARGEST)
         for column, divisor in usage.values()
     }
 
 
-def _unix(column: str, binning: Binning, width: int) -> pl.Expr:
-    """Start of the bin or slice of `width` seconds in which a stamp lies, as UTC."""
-    seconds = pl.col(column) // width * width + binning.start
-    return (seconds * 1000).cast(pl.Datetime("ms", "UTC"))
+_SECOND = pl.col("time_stamp")
 
 
-def _bins(
-    frame: pl.DataFrame, entity: str, usage: dict[str, tuple[str, float]], binning: Binning
-) -> pl.DataFrame:
-    """Samples → per entity and bin, and per metric, sum, count and maximum of its values; and `samples`.
-
-    In raw units: percentages are short numbers, whose float64 sums are exact whatever the order. Columns that
-    are full, or empty as some are for days, need no counting, which is a third of the work.
-    """
-    nulls = {metric: frame[column].null_count() for metric, (column, _) in usage.items()}
-    empty = [metric for metric in usage if nulls[metric] == len(frame)]
-    full = [metric for metric in usage if not nulls[metric]]
-    some = [metric for metric in usage if metric not in empty]
-    bins = (
-        frame.lazy()
-        .select(
-            pl.col(entity).alias("entity"),
-            (pl.col("time_stamp") // binning.step).cast(pl.Int32).alias("bin"),
-            *(pl.col(usage[metric][0]).alias(metric) for metric in some),
-        )
-        .group_by("entity", "bin")
-        .agg(
-            pl.col(some).cast(pl.Float64).sum().name.suffix("_sum"),
-            pl.col([metric for metric in some if nulls[metric]]).count().name.suffix("_count"),
-            pl.col(some).max().name.suffix("_max"),
-            pl.len().alias("samples"),
-        )
-        .collect()
-    )
-    nothing = {"_sum": (0, pl.Float64), "_count": (0, pl.UInt32), "_max": (None, pl.Float32)}
-    seconds = pl.col("bin").cast(pl.Int64) * binning.step + binning.start
-    every = bins.with_columns(
-        *(pl.col("samples").alias(f"{metric}_count") for metric in full),
-        *(
-            pl.lit(value, dtype).alias(metric + part)
-            for metric in empty
-            for part, (value, dtype) in nothing.items()
-        ),
-        time=(seconds * 1000).cast(pl.Datetime("ms", "UTC")),
-    )
-    parts = [metric + part for metric in usage for part in nothing]
-    return every.select("entity", "time", *parts, "samples")
-
-
-def _entities(frame: pl.DataFrame, **columns: pl.Expr) -> pl.DataFrame:
-    """Entities as seen in a block: `seen` is the last second that says so; unnamed columns are null."""
-    empty = {
-        "kind": pl.String,
-        "parent": pl.String,
-        "service": pl.String,
-        "cpu_capacity": pl.Float32,
-        "memory_capacity": pl.Float32,
-        "measured": pl.Boolean,
-    }
-    filled = {name: columns.get(name, pl.lit(None)).cast(dtype) for name, dtype in empty.items()}
-    seen = columns.get("seen", pl.col("time_stamp")).cast(pl.Int64)
-    return frame.select(columns["entity"].alias("entity"), **filled, seen=seen)
+def _bins(frame: pl.DataFrame, entity: str, usage: Usage, binning: Binning) -> pl.DataFrame:
+    columns = {metric: column for metric, (column, _) in usage.items()}
+    return bins(frame, entity, _SECOND, columns, binning)
 
 
 def _machine_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    machines = _entities(
+    machines = entities(
         frame,
+        _SECOND,
         entity=pl.col("machine_id"),
         kind=pl.lit("machine"),
         cpu_capacity=pl.col("cpu_num"),
@@ -147,15 +77,16 @@ def _machine_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFra
 def _machine_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
     bins = _bins(frame, "machine_id", _MACHINE_USAGE, binning)
     names = bins.group_by("entity").agg(pl.col("time").max().dt.epoch("s") - binning.start)
-    machines = _entities(
-        names, entity=pl.col("entity"), kind=pl.lit("machine"), measured=pl.lit(True), seen=pl.col("time")
+    machines = entities(
+        names, pl.col("time"), entity=pl.col("entity"), kind=pl.lit("machine"), measured=pl.lit(True)
     )
     return {"machine": bins, "entities": machines}
 
 
 def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    containers = _entities(
+    containers = entities(
         frame,
+        _SECOND,
         entity=pl.col("container_id"),
         kind=pl.lit("container"),
         parent=pl.col("machine_id"),
@@ -167,7 +98,7 @@ def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataF
         container="container_id",
         machine="machine_id",
         service="app_du",
-        start=_unix("time_stamp", binning, 1),
+        start=unix(_SECOND, binning, 1),
         running=pl.col("status").ne_missing("stopped"),
     )
     return {"entities": containers, "hosted": placed}
@@ -175,8 +106,9 @@ def _container_meta(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataF
 
 def _container_usage(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
     names = frame.group_by("container_id", "machine_id").agg(pl.col("time_stamp").max())
-    containers = _entities(
+    containers = entities(
         names,
+        _SECOND,
         entity=pl.col("container_id"),
         kind=pl.lit("container"),
         parent=pl.col("machine_id"),
@@ -205,7 +137,7 @@ def parse_task_names(names: pl.Series) -> pl.DataFrame:
 
 
 def _batch_task(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    named = frame.select("job_name", "task_name", slice=_unix("start_time", binning, binning.slice))
+    named = frame.select("job_name", "task_name", slice=unix(pl.col("start_time"), binning, binning.slice))
     tasks = pl.concat([named, parse_task_names(named["task_name"])], how="horizontal")
     return {"tasks": tasks.drop_nulls("number")}
 
@@ -215,7 +147,7 @@ def _batch_instance(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataF
         "job_name",
         "task_name",
         machine="machine_id",
-        slice=_unix("start_time", binning, binning.slice),
+        slice=unix(pl.col("start_time"), binning, binning.slice),
     )
     keys = ["job_name", "task_name", "machine", "slice"]
     return {"instances": started.group_by(keys).agg(pl.len().cast(pl.Int64).alias("instances"))}
@@ -235,7 +167,7 @@ TABLES: dict[str, Table] = {
                 "mem_size": _real,
                 "status": _text,
             },
-            _missing("machine_id") | _clock("time_stamp"),
+            missing("machine_id") | clock("time_stamp"),
             {},
             _machine_meta,
         ),
@@ -252,7 +184,7 @@ TABLES: dict[str, Table] = {
                 "net_out": _real,
                 "disk_io_percent": _real,
             },
-            _missing("machine_id") | _clock("time_stamp"),
+            missing("machine_id") | clock("time_stamp"),
             _invalid(_MACHINE_USAGE),
             _machine_usage,
         ),
@@ -268,7 +200,7 @@ TABLES: dict[str, Table] = {
                 "cpu_limit": _real,
                 "mem_size": _real,
             },
-            _missing("container_id") | _clock("time_stamp"),
+            missing("container_id") | clock("time_stamp"),
             {},
             _container_meta,
         ),
@@ -287,7 +219,7 @@ TABLES: dict[str, Table] = {
                 "net_out": _real,
                 "disk_io_percent": _real,
             },
-            _missing("container_id") | _clock("time_stamp"),
+            missing("container_id") | clock("time_stamp"),
             _invalid(_CONTAINER_USAGE),
             _container_usage,
         ),
@@ -304,7 +236,7 @@ TABLES: dict[str, Table] = {
                 "plan_cpu": _real,
                 "plan_mem": _real,
             },
-            _missing("job_name") | _missing("task_name") | _clock("start_time") | _ENDS_EARLY,
+            missing("job_name") | missing("task_name") | clock("start_time") | _ENDS_EARLY,
             {},
             _batch_task,
         ),
@@ -326,7 +258,7 @@ TABLES: dict[str, Table] = {
                 "mem_avg": _real,
                 "mem_max": _real,
             },
-            _missing("job_name") | _missing("task_name") | _clock("start_time") | _ENDS_EARLY,
+            missing("job_name") | missing("task_name") | clock("start_time") | _ENDS_EARLY,
             {},
             _batch_instance,
         ),

@@ -9,10 +9,12 @@ import csv
 import difflib
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any, cast
 
 import fsspec
@@ -33,6 +35,10 @@ BLOCK_BYTES = 8 << 20
 _REJECTED = {"offset": pl.Int64, "reason": pl.String, "line": pl.String}
 #: Columns that an error lists.
 _LISTED = 20
+#: Rows by which a file's columns are judged; those of all files are held together.
+_SAMPLE = 10_000
+#: Files that are opened at once, each waiting for its store most of the time.
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,51 @@ class ColumnFile:
     key: str
     """Fingerprint of the content."""
     columns: tuple[str, ...]
+    name: str
+    """Its path below the folder that was named, or below the first part of a pattern that is one."""
 
     @classmethod
-    def open(cls, option: str, uri: str) -> ColumnFile:
-        """Raises InputError if there is no such file, it is empty, or its format is another."""
+    def open_all(cls, option: str, uri: str) -> list[ColumnFile]:
+        """The file, all files of a folder, or those that a pattern fits, in the order of their names.
+
+        Raises InputError if there is none, one is empty, or its format is another.
+        """
         try:
             fs, path = fsspec.core.url_to_fs(uri)
         except (ValueError, ImportError) as error:
             raise InputError(f"--{option} {uri}: expected a file or s3://… ({error})") from error
-        if not path.endswith(FORMATS):
-            raise InputError(f"--{option} {uri}: expected a file that ends in {', '.join(FORMATS)}")
-        if not fs.isfile(path):
-            raise InputError(f"--{option} {uri}: no such file")
+        fs.invalidate_cache()
+        base = path = path.rstrip("/")
+        if (wild := re.search(r"[*?\[]", path)) and not fs.exists(path):
+            base = path[: wild.start()].rpartition("/")[0]
+            paths = sorted(one for one in fs.glob(path) if one.endswith(FORMATS))
+        elif fs.isdir(path):
+            paths = sorted(one for one in fs.find(path) if one.endswith(FORMATS))
+        else:
+            paths, base = [path], path.rpartition("/")[0]
+            if not path.endswith(FORMATS):
+                raise InputError(f"--{option} {uri}: expected a file that ends in {', '.join(FORMATS)}")
+            if not fs.isfile(path):
+                raise InputError(f"--{option} {uri}: no such file")
+        if not paths:
+            raise InputError(f"--{option} {uri}: no file there that ends in {', '.join(FORMATS)}")
+
+        def opened(path: str) -> ColumnFile:
+            name = path.removeprefix(f"{base}/")
+            return cls._open(option, uri if len(paths) == 1 else fs.unstrip_protocol(path), fs, path, name)
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            return list(readers.map(opened, paths))
+
+    @classmethod
+    def _open(cls, option: str, uri: str, fs: Any, path: str, name: str) -> ColumnFile:
         size = int(fs.size(path))
-        bare = cls(option, uri, fs, path, size, content_key(fs, path, size), ())
+        bare = cls(option, uri, fs, path, size, content_key(fs, path, size), (), name)
         with bare._reading():
             columns = tuple(bare._parquet().schema_arrow.names) if bare.is_parquet else bare._first_line()
         if not columns:
             raise InputError(f"--{option} {uri}: the file is empty, expected a header and rows")
-        return cls(option, uri, fs, path, size, bare.key, columns)
+        return replace(bare, columns=columns)
 
     @property
     def is_parquet(self) -> bool:
@@ -102,13 +134,13 @@ class ColumnFile:
         more = len(self.columns) - _LISTED
         return ", ".join(self.columns[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
-    def sample(self, option: str, name: str) -> pl.Series:
-        """Some values of a column: its first batch that has any. Raises InputError if there is none."""
-        found = (batch.frame[name] for batch in self.batches([name]))
-        values = next((values for values in found if values.null_count() < len(values)), None)
-        if values is None:
-            raise InputError(f"--{option} {name}: no row of {self.uri} has a value there")
-        return values
+    def sample(self, option: str, names: Sequence[str]) -> pl.DataFrame:
+        """Some of the first rows with a value in any of some columns. Raises InputError if there is none."""
+        found = (batch.frame.filter(~pl.all_horizontal(pl.all().is_null())) for batch in self.batches(names))
+        rows = next((rows.head(_SAMPLE) for rows in found if len(rows)), None)
+        if rows is None:
+            raise InputError(f"--{option} {', '.join(names)}: no row of {self.uri} has a value there")
+        return rows
 
     def batches(self, columns: Sequence[str]) -> Iterator[Batch]:
         """All rows, in order. Raises InputError where the file cannot be read."""
@@ -202,6 +234,19 @@ class ColumnFile:
             if told < len(broken):
                 nothing = pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
                 yield Batch(nothing, pl.Series("offset", [], pl.Int64), _broken(broken[told:]))
+
+
+def candidates(option: str, files: Sequence[ColumnFile], names: Sequence[str]) -> dict[str, list[str]]:
+    """File → those of some columns that it has. Raises InputError for a column that no file has, or a file
+    that has none."""
+    for name in names:
+        if not any(name in file.columns for file in files):
+            files[0].column(option, name)
+    found = {}
+    for file in files:
+        there = [name for name in names if name in file.columns]
+        found[file.name] = [file.column(option, name) for name in there or names[:1]]
+    return found
 
 
 def texts(column: pl.Series) -> pl.Series:

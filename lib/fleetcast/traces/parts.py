@@ -117,10 +117,10 @@ def read_parts(store: Store, product: str, parts: Parts) -> pl.DataFrame | None:
         frames.append(found)
         held += len(frames[-1])
         if held > most:
-            frames = [merge(pl.concat(frames))]
+            frames = [merge(pl.concat(frames, how="diagonal"))]
             held = len(frames[0])
             most = max(FLUSH_ROWS, 2 * held)
-    return merge(pl.concat(frames)) if frames else None
+    return merge(pl.concat(frames, how="diagonal")) if frames else None
 
 
 def merge_parts(store: Store, product: str, parts: Parts, target: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def _merge_instances(parts: pl.DataFrame) -> pl.DataFrame:
     return parts.group_by("job_name", "task_name", "machine", "slice").agg(pl.col("instances").sum())
 
 
+def _merge_spans(parts: pl.DataFrame) -> pl.DataFrame:
+    """Each call once, at its earliest time, however often it was logged."""
+    return parts.group_by("source", "target", "call").agg(pl.col("time").min())
+
+
 def _merge_calls(parts: pl.DataFrame) -> pl.DataFrame:
     return parts.group_by("time", "source", "target").agg(pl.col("weight").sum())
 
@@ -57,6 +62,7 @@ PRODUCTS: dict[str, Product] = {
     "tasks": Product(_distinct, "slice", "job_name"),
     "instances": Product(_merge_instances, "slice", "job_name"),
     "calls": Product(_merge_calls, "time", "source"),
+    "spans": Product(_merge_spans, "time", "source"),
 }
 #: The products that are telemetry, by the kind of their entities.
 TELEMETRY = ("machine", "container")

@@ -6,10 +6,12 @@ A source file declares its tables with `Table`; everything that reads text goes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
+
+from fleetcast.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,35 @@ class Binning:
 
 @dataclass(frozen=True)
 class Table:
-    """One raw table of a headerless CSV source."""
+    """One raw table of a CSV source."""
 
     name: str
     columns: Mapping[str, pl.DataType | type[pl.DataType]]
-    """Columns in file order with the type that their text must have."""
+    """Columns with the type that their text must have; in file order, where no header says it."""
     rejects: Mapping[str, pl.Expr]
     """Reason → rows that cannot be used."""
     invalid: Mapping[str, pl.Expr]
     """Column → rows whose value there is present but impossible, and becomes null."""
     products: Callable[[pl.DataFrame, Binning], dict[str, pl.DataFrame]]
     """Usable rows → partial products by name, aggregated as far as one block allows."""
+    header: bool = False
+    """Whether the first line of a file names its columns."""
+
+    def of_header(self, line: str, file: str) -> Table:
+        """The table as a file has it: columns in the order of its header, and those that nobody asked for.
+
+        Raises InputError if one that is needed is not there.
+        """
+        names = line.rstrip("\r\n").split(",")
+        if missing := [name for name in self.columns if name not in names]:
+            raise InputError(
+                f"{file}: no column {' and no '.join(missing)} in its header, expected "
+                f"{', '.join(self.columns)}; got {line.strip()[:200]!r}"
+            )
+        given = {name: self.columns.get(name, pl.String) for name in names}
+        if len(given) < len(names):
+            raise InputError(f"{file}: expected each column once in its header, got {line.strip()[:200]!r}")
+        return replace(self, columns=given)
 
 
 @dataclass

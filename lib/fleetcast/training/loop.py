@@ -231,12 +231,19 @@ def _step(run: Run, loss: Tensor, count: Tensor, when: str) -> float:
 
     Raises DivergedError that says when.
     """
-    global_count = _sum_over_ranks(run, count.double()[None])[0]
-    # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
-    mean = loss * (run.world / global_count.clamp(min=1)).to(loss.dtype)
-    _check(value := mean.item(), f"{when}: the loss")
+    # How many targets there are on all ranks is summed while gradients are computed: nobody waits for it.
+    counts = count.double()[None]
+    summed = dist.all_reduce(counts, async_op=True) if run.world > 1 else None
     run.optimizer.zero_grad(set_to_none=True)
-    mean.backward()
+    loss.backward()
+    if summed is not None:
+        summed.wait()
+    # DDP averages gradients over ranks; this makes the average the gradient of the mean over all targets.
+    scale = (run.world / counts[0].clamp(min=1)).to(loss.dtype)
+    _check(value := (loss.detach() * scale).item(), f"{when}: the loss")
+    for parameter in run.net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(scale)
     nn.utils.clip_grad_norm_(run.net.parameters(), run.options.clip_norm)
     run.optimizer.step()
     return value

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fleetcast.evaluation.levels import LEVELS
+from fleetcast.evaluation.levels import FIFTHS, LEVELS, Kind
 from fleetcast.evaluation.sensitivity import Grid, Optimum, StaysAbove
 from fleetcast.windows.manifest import ShardOptions
 
@@ -26,6 +26,8 @@ class WindowGrid(Grid):
 class LevelGrid(Grid):
     """Its points are the upper bounds of the cluster's request rates; all come of the same trials."""
 
+    levels: ClassVar[Kind] = "paper"
+
     def point(self, value: float) -> str:
         """`High (≤ 5,000/s)`."""
         *_, last = (bound for bound in LEVELS if np.isfinite(bound))
@@ -37,6 +39,22 @@ class LevelGrid(Grid):
         return self.point(value).replace(" (", "\n").removesuffix(")")
 
 
+class FifthGrid(LevelGrid):
+    """Its points are the upper ends of fifths of the test part's time, by the cluster's request rate."""
+
+    levels: ClassVar[Kind] = "quantiles"
+
+    def point(self, value: float) -> str:
+        """`Lowest fifth`."""
+        return FIFTHS[value]
+
+    def tick(self, value: float) -> str:
+        """In two lines."""
+        return self.point(value).replace(" ", "\n")
+
+
+#: The study of concurrency where the levels are quantiles.
+FIFTHS_GRID = "concurrency-quantiles"
 #: Grids whose points are values of an option of the model, by that option's name.
 _OPTIONS = {"layers": "layers", "heads": "heads", "sparsity": "sparsity"}
 
@@ -89,6 +107,15 @@ GRIDS: dict[str, Grid] = {
             StaysAbove(5000, "r2", 0.9),
             f"{_STGNN}, Fig. 3",
         ),
+        FifthGrid(
+            FIFTHS_GRID,
+            "requests per second, by fifths of the time",
+            "stgnn",
+            tuple(FIFTHS),
+            ("mae", "rmse", "r2"),
+            StaysAbove(0.6, "r2", 0.9),
+            f"{_STGNN}, Fig. 3; its five levels are fixed rates, of which the third is the last above",
+        ),
     )
 }
 
@@ -103,11 +130,6 @@ def options(grid: Grid, point: float) -> dict[str, Any]:
 def changes_windows(grid: Grid) -> bool:
     """Whether each point has windows of its own."""
     return grid.name in ("nodes", "window")
-
-
-def splits_targets(grid: Grid) -> bool:
-    """Whether the points are parts of the test targets, so that all share the same trials."""
-    return isinstance(grid, LevelGrid)
 
 
 def windows(grid: Grid, point: float, given: ShardOptions) -> ShardOptions:

@@ -14,9 +14,12 @@ from fleetcast.evaluation import levels
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.runtime import Failed, tasks
 from fleetcast.store import MANIFEST, Store
+from fleetcast.tuning.grids import LevelGrid
 from fleetcast.tuning.options import TuneOptions
 
-_FILE = "levels.json"
+
+def _file(one: Trial, kind: levels.Kind) -> str:
+    return f"{one.folder}/{'levels' if kind == 'paper' else f'levels-{kind}'}.json"
 
 
 def run(results: Store, data: Data, plan: Sequence[Trial], options: TuneOptions) -> None:
@@ -24,13 +27,13 @@ def run(results: Store, data: Data, plan: Sequence[Trial], options: TuneOptions)
 
     def work(one: Trial) -> None:
         torch.set_num_threads(max(1, int(options.cpus_per_trial)))
-        scores = trials.by_level(results, data, one.folder)
-        results.write_json(f"{one.folder}/{_FILE}", [of.to_json() for of in scores])
+        scores = trials.by_level(results, data, one.folder, options.levels)
+        results.write_json(_file(one, options.levels), [of.to_json() for of in scores])
 
     todo = [
         one
         for one in plan
-        if results.exists(f"{one.folder}/{MANIFEST}") and not results.exists(f"{one.folder}/{_FILE}")
+        if results.exists(f"{one.folder}/{MANIFEST}") and not results.exists(_file(one, options.levels))
     ]
     found = tasks(
         todo,
@@ -46,7 +49,7 @@ def run(results: Store, data: Data, plan: Sequence[Trial], options: TuneOptions)
         raise InputError(f"levels of load: {'; '.join(failed)}")
 
 
-def read(results: Store, one: Trial) -> dict[float, Scores]:
-    """Upper bound of each level → what `run` found."""
-    saved = results.read_json(f"{one.folder}/{_FILE}")
-    return {bound: Scores.from_json(of) for bound, of in zip(levels.LEVELS, saved, strict=True)}
+def read(results: Store, one: Trial, grid: LevelGrid) -> dict[float, Scores]:
+    """Point of the grid → what `run` found."""
+    saved = results.read_json(_file(one, grid.levels))
+    return {point: Scores.from_json(of) for point, of in zip(grid.points, saved, strict=True)}

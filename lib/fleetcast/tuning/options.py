@@ -7,11 +7,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from fleetcast.backtesting.options import BacktestBudget, SourceOptions
+from fleetcast.evaluation.levels import Kind
 from fleetcast.models import MODELS, configure
 from fleetcast.training.options import FitOptions
-from fleetcast.tuning.grids import GRIDS, changes_windows
+from fleetcast.tuning.grids import FIFTHS_GRID, GRIDS, changes_windows
 
-GridName = Literal[("all", *GRIDS)]  # type: ignore[valid-type]
+_GRIDS = ("all", *(name for name in GRIDS if name != FIFTHS_GRID))
+GridName = Literal[_GRIDS]  # type: ignore[valid-type]
 
 
 class TuneOptions(SourceOptions):
@@ -19,7 +21,10 @@ class TuneOptions(SourceOptions):
 
     grid: GridName | None = None
     """The study: graph-convolution layers, attention heads, sparsity, number of nodes, width of a step
-    (window), or all of them."""
+    (window), requests per second (concurrency), or all of them."""
+    levels: Kind = "paper"
+    """Of the study of concurrency: the paper's levels, in requests per second of the whole cluster, or, for
+    clusters of any other size, quantiles: fifths of the test part's time."""
     search: Literal[tuple(MODELS)] | None = None  # type: ignore[valid-type]
     """The model to search the best options of, instead of a grid."""
     trials: int | None = Field(None, ge=1)
@@ -63,7 +68,10 @@ class TuneOptions(SourceOptions):
     @property
     def grids(self) -> list[str]:
         """The grids that are asked for."""
-        return list(GRIDS) if self.grid == "all" else [self.grid] if self.grid else []
+        left_out = "concurrency" if self.levels == "quantiles" else FIFTHS_GRID
+        if self.grid == "all":
+            return [name for name in GRIDS if name != left_out]
+        return [] if self.grid is None else [FIFTHS_GRID if self.grid == left_out else self.grid]
 
     def fit_options(self, seed: int) -> FitOptions:
         """The fit of one trial."""
@@ -89,7 +97,7 @@ class TuneOptions(SourceOptions):
             return self
         if self.grid in (None, "all"):
             raise ValueError(f"points: expected one grid as well, got {self.grid or 'none'}")
-        known = GRIDS[self.grid].points
+        known = GRIDS[self.grids[0]].points
         for point in self.points:
             if point not in known:
                 raise ValueError(

@@ -21,6 +21,7 @@ from fleetcast.models import configure
 from fleetcast.provenance import provenance
 from fleetcast.store import MANIFEST, Store
 from fleetcast.tuning import grids, levels, trials
+from fleetcast.tuning.grids import LevelGrid
 from fleetcast.tuning.options import TuneOptions
 from fleetcast.tuning.search import search
 from fleetcast.windows import manifest as manifests
@@ -58,7 +59,7 @@ def tune(store: Store, options: TuneOptions) -> dict[str, Any]:
     }
     stopped = trials.run(found, list(every.values()), options, provenance())
     for name, of_grid in plan.items():
-        if of_grid and grids.splits_targets(grids.GRIDS[name]):
+        if of_grid and isinstance(grids.GRIDS[name], LevelGrid):
             levels.run(found, of_grid[0].data, of_grid[0].trials, options)
     studies = [
         study
@@ -109,7 +110,7 @@ def _point_data(store: Store, options: TuneOptions, grid: Grid, value: float, wh
     if grids.changes_windows(grid):
         return _cut(store, options, grid, value)
     assert whole is not None, "a grid of the model's options takes the windows as they are"
-    if grids.splits_targets(grid):
+    if isinstance(grid, LevelGrid):
         check_rate(whole.manifest)
     return whole
 
@@ -177,8 +178,8 @@ def _study(
 
 def _scores(found: Store, one: Trial, point: Point, grid: Grid) -> Scores:
     """Of a trial on the targets of a point."""
-    if grids.splits_targets(grid):
-        return levels.read(found, one)[point.value]
+    if isinstance(grid, LevelGrid):
+        return levels.read(found, one, grid)[point.value]
     (measured,) = results.measured(found, one.folder, point.data.manifest.horizon).values()
     return measured.scores
 

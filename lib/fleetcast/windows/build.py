@@ -97,6 +97,13 @@ def _is_maximum(metric: str) -> bool:
     return metric.endswith("_max")
 
 
+def _parts(metric: str) -> list[pl.Expr]:
+    """What is kept of a metric's values: sum and count, or the maximum alone."""
+    if _is_maximum(metric) and not schemas.adds_up(metric):
+        return [pl.col(metric).max()]
+    return [pl.col(metric).cast(pl.Float64).sum(), pl.col(metric).count().alias(f"{metric}#")]
+
+
 def split_telemetry(store: Store, source: str, target: str, places: Places, grid: Grid) -> dict[str, Any]:
     """One telemetry file → rows of (`step`, `index`, sums, counts, maxima), one batch per entity group.
 
@@ -104,24 +111,24 @@ def split_telemetry(store: Store, source: str, target: str, places: Places, grid
     """
     table: Any = pl.from_arrow(store.read_table(source, columns=["entity", "time", *grid.metrics]))
     step = (pl.col("time").dt.epoch("s") - grid.start) // grid.step
-    parts = [
-        part
-        for m in grid.metrics
-        for part in (
-            [pl.col(m).max()]
-            if _is_maximum(m)
-            else [pl.col(m).cast(pl.Float64).sum(), pl.col(m).count().alias(f"{m}#")]
-        )
-    ]
     rows = (
         table.lazy()
         .with_columns(pl.col("entity").cast(pl.String), step=step.cast(pl.Int32))
         .filter(pl.col("step").is_between(0, grid.steps - 1))
         .join(places.own.lazy(), on="entity")
-        .group_by("group", "step", "index")
-        .agg(parts)
-        .collect()
     )
+    if additive := [m for m in grid.metrics if schemas.adds_up(m)]:
+        # What adds up over entities is their mean over the bins of a step first.
+        rows = rows.with_columns(
+            pl.when(pl.col(m).is_not_null())
+            .then(
+                (pl.col(m).max() if _is_maximum(m) else pl.col(m).cast(pl.Float64).mean()) / pl.col(m).count()
+            )
+            .over("entity", "step")
+            for m in additive
+        )
+    parts = [part for m in grid.metrics for part in _parts(m)]
+    rows = rows.group_by("group", "step", "index").agg(parts).collect()
     bordering = rows.rename({"group": "home", "index": "place"}).join(places.border, on=["home", "place"])
     both = pl.concat([rows, bordering.select(rows.columns)]).sort("group", "step", "index")
     return {"groups": _write_by_group(store, target, both)}
@@ -203,15 +210,16 @@ def _dense(grid: Grid, shard: Shard, entities: int, rows: pl.DataFrame | None) -
     if rows is None:
         return dense
     rows = rows.filter(pl.col("step").is_between(shard.first, shard.last - 1))
-    sums = [c for c in rows.columns if c not in ("step", "index") and not _is_maximum(c)]
-    maxima = [c for c in rows.columns if _is_maximum(c)]
+    maxima = [m for m in grid.metrics if _is_maximum(m) and not schemas.adds_up(m)]
+    sums = [c for c in rows.columns if c not in ("step", "index", *maxima)]
     # A service's containers may lie in several files.
     merged = rows.group_by("step", "index", maintain_order=True).agg(pl.col(sums).sum(), pl.col(maxima).max())
     at = (merged["step"].to_numpy() - shard.first, merged["index"].to_numpy())
     for f, metric in enumerate(grid.metrics):
         value = pl.col(metric)
-        if not _is_maximum(metric):
-            value = pl.when(pl.col(f"{metric}#") > 0).then(value / pl.col(f"{metric}#"))
+        if metric not in maxima:
+            count = pl.col(f"{metric}#")
+            value = pl.when(count > 0).then(value if schemas.adds_up(metric) else value / count)
         column = merged.select(value.cast(pl.Float32).fill_null(float("nan")))[metric]
         dense[*at, f] = column.to_numpy()
     dense[np.isinf(dense)] = np.nan

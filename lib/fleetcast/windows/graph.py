@@ -33,6 +33,8 @@ class LastGraph:
     """`source`, `target`, `weight` between the entities that are shown, the strongest first. Each kind is
     scaled to a maximum of 1 (`edges.combine`)."""
     metric: str
+    normalised: tuple[str, ...]
+    """Metrics whose unit nobody knows."""
     load: dict[str, float]
     """Each shown entity's mean of the metric over the last look-back; NaN where none was observed."""
 
@@ -68,6 +70,7 @@ def last_graph(store: Store, manifest: Manifest, most: int) -> LastGraph | None:
         total=len(every),
         edges=among,
         metric=manifest.metrics[0],
+        normalised=manifest.normalised,
         load=_load(store, manifest, set(shown)),
     )
 

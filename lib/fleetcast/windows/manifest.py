@@ -20,6 +20,7 @@ from fleetcast import __version__
 from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError
 from fleetcast.store import MANIFEST, Store
+from fleetcast.windows.calendar import Calendar, CalendarOptions
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -74,6 +75,10 @@ class Manifest(Options):
     level: str
     """What an entity is: machine, container or service."""
     metrics: tuple[str, ...]
+    normalised: tuple[str, ...] = ()
+    """Those that the publisher has scaled over the trace, so that nobody knows their unit."""
+    calendar: Calendar = Calendar()
+    """What time features are made of."""
     start: int
     """Unix seconds of step 0."""
     step: int
@@ -110,6 +115,16 @@ class Manifest(Options):
     def entities(self) -> int:
         """N over all groups."""
         return sum(len(group) for group in self.groups)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What the calendar's features are, after those of the clock."""
+        return self.calendar.names
+
+    @property
+    def timezone(self) -> str:
+        """In which days are counted."""
+        return self.calendar.timezone
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -226,6 +241,8 @@ class ShardOptions(Options):
     scale: Literal["metric", "entity"] = "metric"
     """What shares a scale: all entities of a metric, or each entity has its own. The latter makes small
     services count as much as large ones, in training and in scaled errors."""
+    calendar: CalendarOptions = CalendarOptions()
+    """Holidays and events that are known in advance, and the time zone of days."""
     dependencies: tuple[str, ...] = ("call", "batch", "colocation", "correlation")
     """Kinds of dependencies that become edges."""
     group_size: int = Field(64, ge=1)

@@ -75,9 +75,18 @@ class OpenShard:
         )
         self._since = torch.from_numpy(steps_since_observed(self._observed.numpy())) if self._gaps else None
         self._calendar = time_features(
-            manifest.start, manifest.step, shard.first, shard.last + manifest.horizon
+            manifest.start,
+            manifest.step,
+            shard.first,
+            shard.last + manifest.horizon,
+            manifest.calendar,
         )
         self._edges = edges
+        self._scaler = scaler
+
+    def of(self, values: NDArray[np.float32]) -> OpenShard:
+        """The same shard with other values [T, N, F] in original units."""
+        return OpenShard(self.manifest, self.shard, values, self._edges, self.nodes, self.own, self._scaler)
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays for tensors: an object store then keeps one copy for all processes that read it."""

@@ -9,6 +9,7 @@ Nothing is stored: everything is drawn anew, the same every time, from the optio
 
 from __future__ import annotations
 
+from datetime import date
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, Literal
@@ -63,6 +64,10 @@ class SynthesizeOptions(Options):
     churn: float = Field(0, ge=0, le=1)
     """Share of the containers that a rollout replaces by new ones on a day [0-1]; as large a share is started
     or stopped for good at some time, and some services begin in the middle. Only in microservice traces."""
+    holidays: tuple[date, ...] = ()
+    """Days on which services receive fewer requests. Not in alibaba-2018."""
+    holiday_load: float = Field(0.4, gt=0)
+    """How much of a usual day's load they receive then."""
     format: Literal["csv", "csv.gz", "tar.gz"] = "csv"
     """Of the files that are not Parquet; an archive holds one csv."""
     rows_per_part: int = Field(1_000_000, ge=25_000)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import lru_cache, partial
 from typing import IO, NamedTuple
 
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import i0
 
+from fleetcast.traces.mapping import TabularOptions
 from fleetcast.traces.synthesis.cluster import (
     DAY,
     KNOT,
@@ -35,7 +37,6 @@ from fleetcast.traces.synthesis.cluster import (
     upstream,
 )
 from fleetcast.traces.synthesis.load import SHOCK, innovations, service_shock, span
-from fleetcast.traces.tabular import TabularOptions
 
 #: A Monday, as everywhere where no date is known [s].
 _EPOCH = 1_514_764_800
@@ -226,7 +227,8 @@ def request_rate(options: SynthesizeOptions, service: int, day: int) -> Array:
         start=np.zeros(KNOTS),
     )
     rate: Array = mean * cycle * np.exp(_DEVIATION * shock - _DEVIATION**2 / 2) * (1 + crowds)
-    return rate
+    holiday = datetime.fromtimestamp(_EPOCH + day * DAY, UTC).date() in options.holidays
+    return rate * options.holiday_load if holiday else rate
 
 
 @lru_cache(maxsize=1 << 16)
