@@ -78,7 +78,7 @@ def calibrate(
 def draw_kubernetes(random: np.random.Generator) -> KubernetesOptions:
     """Target 40 … 80 %, tolerance, windows, scaling policies, and the metric."""
     return KubernetesOptions(
-        metric=str(random.choice(["cpu", "rate", "both"])),  # type: ignore[arg-type]
+        metric=str(random.choice(["cpu", "rate", "both"])),
         target=float(random.uniform(40, 80)),
         tolerance=float(random.uniform(0, 0.2)),
         behaviour=_behaviour(random),
