@@ -113,7 +113,7 @@ def _with_truth(store: Store, options: WhatIfOptions) -> pl.DataFrame:
             )
     joined = forecasts.join(pl.concat(known), on=["entity", "time"]) if known else forecasts.clear()
     if not len(joined):
-        raise InputError(f"{store}: no telemetry from {first!s} to {last!s}, expected what came of the forecasts")
+        raise InputError(f"{store}: no telemetry from {first!s} to {last!s}, expected what came of them")
     return joined.sort("entity", "time")
 
 
