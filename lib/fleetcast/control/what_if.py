@@ -1,0 +1,146 @@
+"""What if: published forecasts of a store and a capacity curve, replayed under another quantile, lead time or
+traffic factor, against what telemetry says came.
+
+Whole replicas are provisioned for the highest forecast of the lead time; what is missing and what stays idle
+is counted step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+from pydantic import Field
+
+from fleetcast import plots
+from fleetcast.config import Options
+from fleetcast.errors import InputError
+from fleetcast.store import Store
+
+
+class WhatIfOptions(Options):
+    """The replay."""
+
+    metric: str = "cpu"
+    """Of the forecasts."""
+    quantiles: tuple[str, ...] = ("q50", "q75", "q90", "q95", "q99")
+    leads: tuple[int, ...] = (1, 3)
+    """Steps whose highest forecast is provisioned for, from the current one on."""
+    factors: tuple[float, ...] = (1.0, 1.2)
+    """What came is multiplied by this, while the forecast stays as it was published."""
+    unit: float = Field(0.05, gt=0)
+    """Load that one replica carries within its objective, in the metric's unit: a straight capacity curve."""
+    cores: float = Field(1, gt=0)
+    """CPU of a replica."""
+    least: int = Field(1, ge=0)
+    """Least replicas of an entity."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One row of `table` for each quantile, lead and factor."""
+
+    table: pl.DataFrame
+
+    def markdown(self) -> str:
+        """The table."""
+        head = "| " + " | ".join(self.table.columns) + " |"
+        rows = [
+            "| " + " | ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in row) + " |"
+            for row in self.table.iter_rows()
+        ]
+        return "\n".join([head, "|" + " --- |" * len(self.table.columns), *rows])
+
+    def figure(self) -> bytes:
+        """Minutes under-provisioned against idle core-hours, a line for each lead and factor, as a PNG."""
+        figure, (axes,) = plots.subplots("Under-provisioned, minutes per entity and day", width=6, height=3.6)
+        for (lead, factor), part in self.table.group_by("lead", "factor", maintain_order=True):
+            axes.plot(
+                part["idle_core_hours"],
+                part["under_minutes"],
+                marker="o",
+                label=f"lead {lead}, traffic × {factor}",
+            )
+            for quantile, x, y in part.select("quantile", "idle_core_hours", "under_minutes").iter_rows():
+                axes.annotate(quantile, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axes.set_xlabel("Idle core-hours per entity and day")
+        plots.legend(figure, axes, 2)
+        return plots.png(figure)
+
+
+def what_if(store: Store, options: WhatIfOptions) -> Replay:
+    """Replays all published forecasts of which telemetry knows what came.
+
+    Raises InputError where there is none, or where a quantile is unknown.
+    """
+    joined = _with_truth(store, options)
+    rows = [
+        _row(joined, options, quantile, lead, factor)
+        for lead in options.leads
+        for factor in options.factors
+        for quantile in options.quantiles
+    ]
+    return Replay(pl.DataFrame(rows))
+
+
+def _with_truth(store: Store, options: WhatIfOptions) -> pl.DataFrame:
+    """`entity`, `time`, `truth` and the quantiles; of forecasts that overlap, the latest issued counts."""
+    parts = []
+    for number, name in enumerate(sorted(store.list("forecasts", ".parquet"))):
+        rows = pl.DataFrame(pl.from_arrow(store.read_table(name)))
+        unknown = set(options.quantiles) - set(rows.columns)
+        if unknown:
+            raise InputError(f"quantiles {sorted(unknown)}, expected some of {sorted(set(rows.columns))}")
+        rows = rows.filter(pl.col("metric").cast(pl.String) == options.metric)
+        parts.append(
+            rows.select(pl.col("entity").cast(pl.String), "time", *options.quantiles).with_columns(
+                issue=pl.lit(number)
+            )
+        )
+    if not parts or not sum(len(part) for part in parts):
+        raise InputError(f"{store}: no forecast of {options.metric}, expected one to replay")
+    forecasts = pl.concat(parts).sort("issue").unique(["entity", "time"], keep="last")
+    first, last = forecasts["time"].min(), forecasts["time"].max()
+    days = {f"{day:%Y-%m-%d}" for day in forecasts["time"].dt.date().unique()}
+    known = []
+    for name in store.list("telemetry", ".parquet"):
+        if any(f"date={day}" in name for day in days):
+            rows = pl.DataFrame(pl.from_arrow(store.read_table(name, ["entity", "time", options.metric])))
+            known.append(
+                rows.select(
+                    pl.col("entity").cast(pl.String), "time", truth=pl.col(options.metric)
+                ).drop_nulls()
+            )
+    joined = forecasts.join(pl.concat(known), on=["entity", "time"]) if known else forecasts.clear()
+    if not len(joined):
+        raise InputError(f"{store}: no telemetry from {first!s} to {last!s}, expected what came of them")
+    return joined.sort("entity", "time")
+
+
+def _row(
+    joined: pl.DataFrame, options: WhatIfOptions, quantile: str, lead: int, factor: float
+) -> dict[str, float | int | str]:
+    def replicas(load: pl.Expr) -> pl.Expr:
+        return (load / options.unit - 1e-9).ceil().clip(lower_bound=options.least)
+
+    step = joined["time"].unique().sort().diff().drop_nulls().min()
+    hours = step.total_seconds() / 3600  # type: ignore[union-attr]
+    # The highest forecast of this step and the next ones, backwards from the last.
+    ahead = pl.max_horizontal(*(pl.col(quantile).shift(-number).over("entity") for number in range(lead)))
+    counted = joined.with_columns(
+        have=replicas(ahead), need=replicas(pl.col("truth").cast(pl.Float64) * factor)
+    ).select(
+        days=pl.len() * hours / 24,
+        under=(pl.col("have") < pl.col("need")).sum() * hours * 60,
+        idle=(pl.col("have") - pl.col("need")).clip(lower_bound=0).sum() * hours * options.cores,
+        missing=(pl.col("need") - pl.col("have")).clip(lower_bound=0).sum() * hours * options.cores,
+    )
+    days, under, idle, missing = counted.row(0)
+    return {
+        "quantile": quantile,
+        "lead": lead,
+        "factor": factor,
+        "under_minutes": under / days,
+        "idle_core_hours": idle / days,
+        "missing_core_hours": missing / days,
+    }

@@ -1,0 +1,58 @@
+"""A store's published forecasts, replayed against what came."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import polars as pl
+import pytest
+from fleetcast.control.what_if import WhatIfOptions, what_if
+from fleetcast.errors import InputError
+from fleetcast.store import Store
+
+START = datetime(2025, 1, 1, tzinfo=UTC)
+
+
+def store_of(folder: Path, truth: list[float], q50: list[float], q90: list[float]) -> Store:
+    """A store of one entity in steps of an hour."""
+    store = Store(str(folder)).open_or_create()
+    times = [START + timedelta(hours=number) for number in range(len(q50))]
+    forecast = {
+        "entity": ["a"] * len(q50),
+        "metric": ["cpu"] * len(q50),
+        "time": times,
+        "q50": q50,
+        "q90": q90,
+    }
+    store.write_table("forecasts/issued=20250101T000000Z/part.parquet", pl.DataFrame(forecast).to_arrow())
+    if truth:
+        telemetry = {"entity": ["a"] * len(truth), "time": times[: len(truth)], "cpu": truth}
+        store.write_table("telemetry/date=2025-01-01/machine.parquet", pl.DataFrame(telemetry).to_arrow())
+    return store
+
+
+def test_minutes_under_provisioned_and_idle_core_hours_by_hand(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [1.0, 3.0, 2.0, 2.0], [1.0, 1.0, 2.0, 3.0], [2.0, 2.0, 3.0, 4.0])
+    options = WhatIfOptions(quantiles=("q50", "q90"), leads=(1, 2), factors=(1.0,), unit=1, cores=2)
+    found = what_if(store, options)
+    per_day = 24 / 4
+    rows = {(row["quantile"], row["lead"]): row for row in found.table.iter_rows(named=True)}
+    assert rows["q50", 1]["under_minutes"] == 60 * per_day
+    assert rows["q50", 1]["idle_core_hours"] == 2 * 1 * per_day
+    assert rows["q50", 1]["missing_core_hours"] == 2 * 2 * per_day
+    assert rows["q50", 2]["missing_core_hours"] == 2 * 1 * per_day, "the second hour has the third's 2"
+    assert rows["q90", 2]["under_minutes"] == 0
+    assert found.figure().startswith(b"\x89PNG")
+
+
+def test_more_traffic_than_was_forecast_is_missing(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [1.0, 1.0], [1.0, 1.0], [2.0, 2.0])
+    options = WhatIfOptions(quantiles=("q50", "q90"), leads=(1,), factors=(1.5,), unit=1)
+    assert what_if(store, options).table["under_minutes"].to_list() == [1440, 0]
+
+
+def test_a_forecast_of_which_nothing_has_come_is_refused(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [], [1.0], [2.0])
+    with pytest.raises(InputError, match="no telemetry from 2025-01-01 00:00:00"):
+        what_if(store, WhatIfOptions(quantiles=("q50",)))
