@@ -1,7 +1,7 @@
 """Decisions in a simulated cluster: rules side by side, or what another quantile would have cost.
 
-    python jobs/control.py --store ./store --compare true
-    python jobs/control.py --store ./store --what-if true --replay.quantiles '["q50","q90"]'
+    python jobs/control.py --store ./store --compare
+    python jobs/control.py --store ./store --what-if --replay.quantiles '["q50","q90"]'
 
 Tables are printed; tables and figures are written to `control/` of the store.
 """
@@ -32,7 +32,7 @@ class Config(JobConfig):
 def main(config: Config) -> dict[str, Any]:
     """Runs what was asked for."""
     if not (config.compare or config.what_if):
-        raise InputError("nothing to do, expected --compare true or --what-if true")
+        raise InputError("nothing to do, expected --compare or --what-if")
     store = Store(config.store).open_or_create()
     written: list[str] = []
     asked = {"comparison": config.compare, "what-if": config.what_if}
