@@ -26,7 +26,9 @@ class Config(JobConfig):
     what_if: bool = False
     """Replays the store's published forecasts against the telemetry that came."""
     comparison: CompareOptions = CompareOptions()
+    """The experiment of `--compare`."""
     replay: WhatIfOptions = WhatIfOptions()
+    """The replay of `--what-if`."""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -283,6 +283,7 @@ ARGUMENTS = {
     "synthesize": ["--machines", "2", "--days", "1"],
     "nightly": ["--source", "{root}/raw"],
     "backtest": [],
+    "control": ["--what-if"],
     "tune": ["--grid", "heads", "--windows", "default"],
     **{name: [] for name in ("shard", "train", "forecast", "promote")},
 }
