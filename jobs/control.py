@@ -35,7 +35,9 @@ def main(config: Config) -> dict[str, Any]:
     """Runs what was asked for."""
     if not (config.compare or config.what_if):
         raise InputError("nothing to do, expected --compare or --what-if")
-    store = Store(config.store).open_or_create()
+    store = Store(config.store)
+    if config.compare:
+        store.open_or_create()
     written: list[str] = []
     asked = {"comparison": config.compare, "what-if": config.what_if}
     for name in (one for one, wanted in asked.items() if wanted):

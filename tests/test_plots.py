@@ -1,9 +1,11 @@
 """One plot style: labelled with units, dated in UTC, intervals behind the forecast, embedded whole."""
 
 import base64
+from datetime import UTC, datetime
 
 import numpy as np
 from fleetcast import plots
+from matplotlib.dates import date2num
 
 TIME = np.arange("2018-01-08T00", "2018-01-10T00", dtype="datetime64[h]")
 LOAD = np.sin(np.arange(48) / 4)
@@ -27,6 +29,25 @@ def test_a_forecast_has_its_unit_its_intervals_and_its_gaps():
     tallest, smaller = (band.get_paths()[0].get_extents().height for band in axes.collections)
     assert tallest > smaller
     assert "2018-Jan" in axes.xaxis.get_offset_text().get_text()
+
+
+def test_holidays_are_shaded_within_what_is_drawn_and_named_once():
+    figure, (axes,) = plots.subplots("load")
+    plots.line(axes, TIME, LOAD, "observed", plots.OBSERVED)
+    seen = axes.get_xlim()
+
+    def day(number: int) -> datetime:
+        return datetime(2018, 1, number, tzinfo=UTC)
+
+    spans = [("holiday", day(8), day(9)), ("holiday", day(9), day(20)), ("sale", day(1), day(2))]
+    plots.shade(axes, spans)
+    plots.legend(figure, axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["observed", "holiday"]
+    assert axes.get_xlim() == seen
+    assert [round(patch.get_width(), 1) for patch in axes.patches] == [
+        1.0,
+        round(seen[1] - date2num(day(9)), 1),
+    ]
 
 
 def test_the_size_of_an_image_does_not_grow_with_the_points():

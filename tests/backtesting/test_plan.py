@@ -194,6 +194,18 @@ def test_raw_files_have_the_windows_of_the_shard_job():
     assert windows_of(source.shard, None, {}) == ShardOptions(step=300)
 
 
+@pytest.mark.parametrize(
+    ("level", "metrics"),
+    [("machine", ("cpu", "memory")), ("service", ("cpu", "memory", "request_rate", "latency"))],
+)
+def test_a_trace_with_metrics_of_its_own_for_a_level_has_them_where_nobody_says_which(level, metrics):
+    telemetry = {"settings": {"trace": "microservices-v2021"}}
+    given = SourceOptions(raw="r", shard={"level": level}).shard
+    assert windows_of(given, None, telemetry) == ShardOptions(level=level, metrics=metrics)
+    given = SourceOptions(raw="r", shard={"level": level, "metrics": ["cpu"]}).shard
+    assert windows_of(given, None, telemetry).metrics == ("cpu",)
+
+
 # -- the examples ------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 from fleetcast.control.what_if import WhatIfOptions, what_if
 from fleetcast.errors import InputError
 from fleetcast.store import Store
+from pydantic import ValidationError
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 
@@ -25,6 +26,7 @@ def store_of(folder: Path, truth: list[float], q50: list[float], q90: list[float
         "q50": q50,
         "q90": q90,
     }
+    store.write_json("forecasts/issued=20250101T000000Z/manifest.json", {"step": 3600})
     store.write_table("forecasts/issued=20250101T000000Z/part.parquet", pl.DataFrame(forecast).to_arrow())
     if truth:
         telemetry = {"entity": ["a"] * len(truth), "time": times[: len(truth)], "cpu": truth}
@@ -56,3 +58,31 @@ def test_a_forecast_of_which_nothing_has_come_is_refused(tmp_path: Path) -> None
     store = store_of(tmp_path, [], [1.0], [2.0])
     with pytest.raises(InputError, match="no telemetry from 2025-01-01 00:00:00"):
         what_if(store, WhatIfOptions(quantiles=("q50",)))
+
+
+def test_what_came_in_a_step_is_the_mean_of_its_bins(tmp_path: Path) -> None:
+    """Telemetry is finer than forecasts: the first bin of a step alone would say that all was well."""
+    store = store_of(tmp_path, [], [2.0, 2.0], [3.0, 3.0])
+    times = [START + timedelta(minutes=30 * number) for number in range(4)]
+    bins = pl.DataFrame({"entity": ["a"] * 4, "time": times, "cpu": [1.0, 5.0, 1.0, 5.0]})
+    store.write_table("telemetry/date=2025-01-01/machine.parquet", bins.to_arrow())
+    options = WhatIfOptions(quantiles=("q50", "q90"), leads=(1,), factors=(1.0,), unit=1)
+    found = what_if(store, options).table
+    assert found["under_minutes"].to_list() == [1440, 0]
+    assert found["missing_core_hours"].to_list() == [24, 0]
+
+
+def test_forecasts_of_different_steps_are_refused(tmp_path: Path) -> None:
+    store = store_of(tmp_path, [1.0], [1.0], [2.0])
+    store.write_json("forecasts/issued=20250102T000000Z/manifest.json", {"step": 900})
+    with pytest.raises(InputError, match=r"steps of 900 s and 3600 s, expected .* of one step"):
+        what_if(store, WhatIfOptions(quantiles=("q50",)))
+
+
+def test_a_store_without_forecasts_is_named(tmp_path: Path) -> None:
+    store = Store(str(tmp_path)).open_or_create()
+    with pytest.raises(InputError, match=f"^{tmp_path}: no forecast, expected published ones"):
+        what_if(store, WhatIfOptions())
+    for wrong in ({"leads": [0]}, {"factors": [-1]}, {"quantiles": []}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            WhatIfOptions.model_validate(wrong)

@@ -492,6 +492,20 @@ def test_what_an_earlier_version_has_ingested_is_refused(raw, tmp_path, ingested
         ingested(raw, tmp_path / "store")
 
 
+def test_what_an_earlier_version_left_unfinished_is_forgotten(raw, tmp_path, ingested):
+    """It had read a chunk and died; its receipts say other things than ours."""
+    store = Store(str(tmp_path / "store")).open_or_create()
+    whole, figures = ingested(raw, tmp_path / "whole")
+    state = whole.read_json("ingested/manifest.json")
+    begun = {"settings": state["settings"], "files": [], "read": {}, "stray": []}
+    store.write_json("ingested/manifest.json", begun)
+    for file in state["files"]:
+        size = file["size"]
+        receipt = {"places": {"machine/date=2018-01-01/bucket=00": 1}, "whole": [], "rows": 1}
+        store.write_json(f"ingested/chunks/{file['key']}-{128 << 20}-0+{size}.json", receipt)
+    assert ingested(raw, tmp_path / "store")[1]["rows_read"] == figures["rows_read"]
+
+
 def test_a_folder_of_other_things_is_no_store(raw, tmp_path, ingested):
     with pytest.raises(InputError, match=r"the folder holds other files and no store.json"):
         ingested(raw, raw)

@@ -296,3 +296,17 @@ def test_a_part_of_the_entities_is_always_the_same_and_grows_with_its_number(sto
     assert set(manifest.load(store, "again").names) == found[3]
     with pytest.raises(InputError, match="--entities 7: expected at most the 6 there are"):
         shard(store, ShardOptions(**SMALL, entities=7))
+
+
+def test_a_file_of_events_that_has_changed_makes_the_windows_anew(store, tmp_path, caplog):
+    file = tmp_path / "events.csv"
+    file.write_text("name,start,end\nsale,2018-01-02,\n")
+    options = ShardOptions(**SMALL, calendar={"events_file": str(file)})
+    assert not shard(store, options)["skipped"]
+    assert shard(store, options)["skipped"]
+    assert manifest.load(store, "default").marks == ("sale",)
+    assert "sale" not in caplog.text
+    file.write_text("name,start,end\nsale,2018-01-02,\nmatch,2018-01-04T18:00,2018-01-04T20:00\n")
+    assert not shard(store, options)["skipped"]
+    assert manifest.load(store, "default").marks == ("sale", "match")
+    assert "match is not in the training part: no model can know what it does" in caplog.text

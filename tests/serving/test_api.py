@@ -19,6 +19,7 @@ from fleetcast.serving.api import application
 from fleetcast.serving.local import Local
 from fleetcast.serving.options import ServeOptions
 from fleetcast.serving.routes import ARROW
+from fleetcast.store import MANIFEST
 from hypothesis import HealthCheck, given, settings
 from night import MACHINES, METRICS, NIGHT, republish, serve
 
@@ -114,6 +115,22 @@ def test_required_replicas_follow_from_the_capacity_that_is_stated(client):
     forecast = client.get("/v1/forecasts/m_1?metric=cpu&hours=2&quantile=0.95").json()
     highest = max(forecast["forecasts"][0]["series"][0]["quantiles"]["0.95"])
     assert answer["load"] == pytest.approx(highest)
+
+
+def test_no_replicas_are_counted_by_a_metric_without_a_unit(store):
+    """Its publisher has scaled it over the trace."""
+    path = f"{NIGHT}/{MANIFEST}"
+    store.write_json(path, {**store.read_json(path), "normalised": ["cpu"]})
+    local = Local(ServeOptions(store=store.uri, clock="trace"))
+    for address in serve(application(local)):
+        answer = httpx.get(f"{address}/v1/scaling/m_1?metric=cpu&replicas=2")
+        assert answer.status_code == 422
+        assert (
+            "cpu is normalised over the trace, expected one with a unit to scale by" in answer.json()["error"]
+        )
+        assert httpx.get(f"{address}/v1/scaling/m_1?metric=memory&replicas=2").status_code == 200
+        shown = httpx.get(f"{address}/v1/forecasts/m_1?metric=cpu&hours=1").json()
+        assert shown["forecasts"][0]["series"][0]["unit"] == "CPU time, normalised over the trace"
 
 
 WRONG = [

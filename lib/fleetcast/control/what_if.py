@@ -8,6 +8,7 @@ is counted step by step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import polars as pl
 from pydantic import Field
@@ -15,7 +16,7 @@ from pydantic import Field
 from fleetcast import plots
 from fleetcast.config import Options
 from fleetcast.errors import InputError
-from fleetcast.store import Store
+from fleetcast.store import MANIFEST, Store
 
 
 class WhatIfOptions(Options):
@@ -23,10 +24,10 @@ class WhatIfOptions(Options):
 
     metric: str = "cpu"
     """Of the forecasts."""
-    quantiles: tuple[str, ...] = ("q50", "q75", "q90", "q95", "q99")
-    leads: tuple[int, ...] = (1, 3)
+    quantiles: tuple[str, ...] = Field(("q50", "q75", "q90", "q95", "q99"), min_length=1)
+    leads: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 3), min_length=1)
     """Steps whose highest forecast is provisioned for, from the current one on."""
-    factors: tuple[float, ...] = (1.0, 1.2)
+    factors: tuple[Annotated[float, Field(gt=0)], ...] = Field((1.0, 1.2), min_length=1)
     """What came is multiplied by this, while the forecast stays as it was published."""
     unit: float = Field(0.05, gt=0)
     """Load that one replica carries within its objective, in the metric's unit: a straight capacity curve."""
@@ -73,9 +74,10 @@ def what_if(store: Store, options: WhatIfOptions) -> Replay:
 
     Raises InputError where there is none, or where a quantile is unknown.
     """
-    joined = _with_truth(store, options)
+    step = _step(store)
+    joined = _with_truth(store, options, step)
     rows = [
-        _row(joined, options, quantile, lead, factor)
+        _row(joined, step, options, quantile, lead, factor)
         for lead in options.leads
         for factor in options.factors
         for quantile in options.quantiles
@@ -83,8 +85,21 @@ def what_if(store: Store, options: WhatIfOptions) -> Replay:
     return Replay(pl.DataFrame(rows))
 
 
-def _with_truth(store: Store, options: WhatIfOptions) -> pl.DataFrame:
-    """`entity`, `time`, `truth` and the quantiles; of forecasts that overlap, the latest issued counts."""
+def _step(store: Store) -> int:
+    """The width of all forecasts' steps [s]. Raises InputError if there is no forecast, or they differ."""
+    store.open_existing()
+    steps = {store.read_json(name)["step"] for name in store.list("forecasts", MANIFEST)}
+    if len(steps) != 1:
+        found = "forecasts with steps of " + " and ".join(f"{one} s" for one in sorted(steps))
+        raise InputError(
+            f"{store.uri}: {found if steps else 'no forecast'}, expected published ones of one step"
+        )
+    return int(steps.pop())
+
+
+def _with_truth(store: Store, options: WhatIfOptions, step: int) -> pl.DataFrame:
+    """`entity`, `time`, `truth` and the quantiles; of forecasts that overlap, the latest issued counts. What
+    came is the mean of the telemetry's bins in a forecast's step."""
     parts = []
     for number, name in enumerate(sorted(store.list("forecasts", ".parquet"))):
         rows = pl.DataFrame(pl.from_arrow(store.read_table(name)))
@@ -98,7 +113,7 @@ def _with_truth(store: Store, options: WhatIfOptions) -> pl.DataFrame:
             )
         )
     if not parts or not sum(len(part) for part in parts):
-        raise InputError(f"{store}: no forecast of {options.metric}, expected one to replay")
+        raise InputError(f"{store.uri}: no forecast of {options.metric}, expected one to replay")
     forecasts = pl.concat(parts).sort("issue").unique(["entity", "time"], keep="last")
     first, last = forecasts["time"].min(), forecasts["time"].max()
     days = {f"{day:%Y-%m-%d}" for day in forecasts["time"].dt.date().unique()}
@@ -111,20 +126,23 @@ def _with_truth(store: Store, options: WhatIfOptions) -> pl.DataFrame:
                     pl.col("entity").cast(pl.String), "time", truth=pl.col(options.metric)
                 ).drop_nulls()
             )
-    joined = forecasts.join(pl.concat(known), on=["entity", "time"]) if known else forecasts.clear()
+    joined = forecasts.clear()
+    if known:
+        bins = pl.concat(known).group_by("entity", pl.col("time").dt.truncate(f"{step}s"))
+        truth = bins.agg(pl.mean("truth"))
+        joined = forecasts.join(truth, on=["entity", "time"])
     if not len(joined):
-        raise InputError(f"{store}: no telemetry from {first!s} to {last!s}, expected what came of them")
+        raise InputError(f"{store.uri}: no telemetry from {first!s} to {last!s}, expected what came of them")
     return joined.sort("entity", "time")
 
 
 def _row(
-    joined: pl.DataFrame, options: WhatIfOptions, quantile: str, lead: int, factor: float
+    joined: pl.DataFrame, step: int, options: WhatIfOptions, quantile: str, lead: int, factor: float
 ) -> dict[str, float | int | str]:
     def replicas(load: pl.Expr) -> pl.Expr:
         return (load / options.unit - 1e-9).ceil().clip(lower_bound=options.least)
 
-    step = joined["time"].unique().sort().diff().drop_nulls().min()
-    hours = step.total_seconds() / 3600  # type: ignore[union-attr]
+    hours = step / 3600
     # The highest forecast of this step and the next ones, backwards from the last.
     ahead = pl.max_horizontal(*(pl.col(quantile).shift(-number).over("entity") for number in range(lead)))
     counted = joined.with_columns(

@@ -168,7 +168,8 @@ def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[s
         },
         **{name: stages.figures["ingest"][name] for name in ("rows_read", "rows_rejected", "values_nulled")},
         **({"clocks": off} if (off := stages.figures["ingest"].get("clocks")) else {}),
-        **{name: stages.figures["shard"][name] for name in ("entities", "windows")},
+        "windows": stages.figures["shard"]["windows"],
+        **{name: stages.figures["forecast"][name] for name in ("entities", "gone", "cold_starts")},
         **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
     }
 

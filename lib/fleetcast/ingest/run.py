@@ -210,18 +210,18 @@ def _accepted(store: Store, options: IngestOptions) -> tuple[Accepted, IngestOpt
     if options.buckets is None:
         options = options.model_copy(update={"buckets": had.get("buckets")})
     settings = _settings(options)
-    if had == settings:
-        if saved["files"] and saved.get("format") != _FORMAT:
-            raise InputError(f"{store.uri}: was ingested by an earlier version; ingest into another store")
+    if had == settings and saved.get("format") == _FORMAT:
         return Accepted(**saved), options
+    if had == settings and saved["files"]:
+        raise InputError(f"{store.uri}: was ingested by an earlier version; ingest into another store")
     if saved.get("files"):
         name, value = next((name, value) for name, value in settings.items() if had.get(name) != value)
         raise InputError(
             f"--{name} {value}: the store {store.uri} was ingested with {had.get(name)}; "
             "use that, or another store"
         )
-    if saved:
-        store.remove("ingested")  # what a run with other settings has left, which never came to its end
+    if saved:  # what a run with other settings, or of another version, has left that never came to its end
+        store.remove("ingested")
     return Accepted(settings={}, stray=saved.get("stray", ())), options
 
 

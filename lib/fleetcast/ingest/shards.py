@@ -50,7 +50,8 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
     telemetry = store.read_json(f"telemetry/{MANIFEST}")
     if telemetry is None:
         raise InputError(f"{store.uri}: telemetry is not complete; run ingest (again)")
-    digest = fingerprint([telemetry["fingerprint"], options.model_dump(mode="json")])
+    listed = [event.model_dump(mode="json") for event in options.calendar.listed()]
+    digest = fingerprint([telemetry["fingerprint"], options.model_dump(mode="json"), listed])
     saved = store.read_json(f"windows/{options.windows}/{MANIFEST}")
     if saved is not None and saved.get("fingerprint") == digest and _is_whole(store, saved):
         log.info("shard: windows/%s is complete", options.windows)

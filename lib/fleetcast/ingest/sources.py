@@ -63,7 +63,7 @@ def windows_of(
     """
     if table is None:
         trace = TRACES.get((telemetry or {}).get("settings", {}).get("trace", ""))
-        metrics = None if trace is None else trace.shown.get(given.level)
+        metrics = None if trace is None else trace.default_metrics.get(given.level)
         return given.resolve({} if metrics is None else {"metrics": metrics})
     assert telemetry is not None, "a table is loaded first"
     said, span = given.model_dump(), telemetry["spans"][table.kind]

@@ -18,7 +18,7 @@ class Trace:
     """Every metric of its telemetry, in the order of the columns, and how many raw units are one of ours."""
     telemetry: tuple[str, ...]
     """The tables that telemetry is made of: without any row of them there is nothing to forecast."""
-    shown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    default_metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Level → the metrics that are forecast of it where nobody says which; the shard job's if not given."""
     normalised: frozenset[str] = frozenset()
     """Metrics that the publisher has scaled to [0, 1] over the trace, so that their unit is not known."""
@@ -30,13 +30,13 @@ TRACES: dict[str, Trace] = {
         microservices_2021.TABLES,
         microservices_2021.METRICS,
         microservices_2021.TELEMETRY,
-        microservices.SHOWN,
+        microservices.DEFAULT_METRICS,
     ),
     "microservices-v2022": Trace(
         microservices_2022.TABLES,
         microservices_2022.METRICS,
         microservices_2022.TELEMETRY,
-        microservices.SHOWN,
+        microservices.DEFAULT_METRICS,
         microservices_2022.NORMALISED,
     ),
     prometheus.TRACE: Trace(prometheus.TABLES, prometheus.METRICS, tuple(prometheus.LABELS)),

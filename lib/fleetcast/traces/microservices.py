@@ -14,7 +14,7 @@ import pandas as pd
 import polars as pl
 
 from fleetcast.traces.raw import Binning
-from fleetcast.traces.usage import LARGEST, bins, entities, unix
+from fleetcast.traces.usage import bins, entities, unix
 
 #: A second in the unit of the stamps.
 MILLISECONDS = 1000
@@ -29,7 +29,7 @@ MADE = {"_out": "consumerrpc", "_mq_out": "providermq"}
 STORES = {"_cache_read": "readmc", "_cache_write": "writemc", "_db_read": "readdb", "_db_write": "writedb"}
 #: What is forecast of each level where nobody says it: machines have no calls.
 _CONTAINERS = ("cpu", "memory", "request_rate", "latency")
-SHOWN = {"machine": ("cpu", "memory"), "container": _CONTAINERS, "service": _CONTAINERS}
+DEFAULT_METRICS = {"machine": ("cpu", "memory"), "container": _CONTAINERS, "service": _CONTAINERS}
 
 
 def rate(ending: str) -> str:
@@ -40,11 +40,6 @@ def rate(ending: str) -> str:
 def latency(ending: str) -> str:
     """How long they took."""
     return f"latency{ending}"
-
-
-def negative(*columns: str) -> dict[str, pl.Expr]:
-    """Present values that cannot be; nan and inf are among them."""
-    return {column: ~pl.col(column).is_between(0, LARGEST) for column in columns}
 
 
 def unnamed(*columns: str) -> dict[str, pl.Expr]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import polars as pl
 
 from fleetcast.traces import microservices
-from fleetcast.traces.microservices import MADE, MILLISECONDS, RECEIVED, latency, negative, rate, unnamed
+from fleetcast.traces.microservices import MADE, MILLISECONDS, RECEIVED, latency, rate, unnamed
 from fleetcast.traces.raw import Binning, Table
-from fleetcast.traces.usage import LARGEST, clock, missing
+from fleetcast.traces.usage import clock, missing, negative
 
 #: What a row of MSRTQps is about → our metric, and what to divide by to reach our unit.
 _NAMES = {"providerrpc": "providerRPC", "consumerrpc": "consumerRPC", "http": "HTTP"} | {
@@ -102,7 +102,7 @@ TABLES: dict[str, Table] = {
                     [f"{flow}_{what}" for flow in _NAMES.values() for what in ("MCR", "RT")]
                 )
             },
-            {"value": ~pl.col("value").is_between(0, LARGEST)},
+            negative("value"),
             _rates,
             header=True,
         ),

@@ -15,12 +15,11 @@ from fleetcast.traces.microservices import (
     RECEIVED,
     STORES,
     latency,
-    negative,
     rate,
     unnamed,
 )
 from fleetcast.traces.raw import Binning, Table
-from fleetcast.traces.usage import clock, missing
+from fleetcast.traces.usage import clock, missing, negative
 
 _FLOWS = RECEIVED | MADE | STORES
 _USAGE = {"cpu": "cpu_utilization", "memory": "memory_utilization"}

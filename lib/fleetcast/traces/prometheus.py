@@ -22,6 +22,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fleetcast.config import Options, Seconds
 from fleetcast.traces.raw import Binning, Table
+from fleetcast.traces.usage import bins, entities, missing, negative, unix
 
 TRACE = "prometheus"
 #: Every metric that can be asked for, in the order of the columns. They are asked for in our units.
@@ -50,8 +51,6 @@ TARGET: tuple[tuple[str, ...], ...] = (
 
 #: Traffic is a fraction of this where no capacity is known, as of pods and most virtual machines [bytes/s].
 LINE_RATE = 1.25e9
-#: No value is larger, and its float32 is still finite.
-_LARGEST = 1e30
 
 
 # -- what is asked by default ------------------------------------------------------------------------------
@@ -285,69 +284,54 @@ def full_names(services: Iterable[str]) -> dict[str, str]:
 # -- raw tables --------------------------------------------------------------------------------------------
 
 _TELEMETRY = {"time": pl.Int64, "entity": pl.String, **dict.fromkeys(METRICS, pl.Float32)}
-_DESCRIPTION = {
-    "parent": pl.String,
-    "service": pl.String,
-    "cpu_capacity": pl.Float32,
-    "memory_capacity": pl.Float32,
-}
+_SECOND = pl.col("time")
 
 
-def _entities(frame: pl.DataFrame, kind: str, binning: Binning, **columns: pl.Expr) -> pl.DataFrame:
-    """`entity` and `time` → descriptions, as `PRODUCTS` merges them."""
-    described = {name: columns.get(name, pl.lit(None)).cast(dtype) for name, dtype in _DESCRIPTION.items()}
-    return frame.select(
-        "entity",
-        kind=pl.lit(kind),
-        **described,
-        measured=columns.get("measured", pl.lit(None)).cast(pl.Boolean),
-        seen=pl.col("time") - binning.start,
-    )
-
-
-def _unix(width: int) -> pl.Expr:
-    return (pl.col("time") // width * width * 1000).cast(pl.Datetime("ms", "UTC"))
+def _since(binning: Binning) -> pl.Expr:
+    """Seconds of the trace's clock; times here are Unix."""
+    return _SECOND - binning.start
 
 
 def _usage(kind: str, frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    metrics = list(METRICS)
-    bins = frame.group_by("entity", _unix(binning.step)).agg(
-        pl.col(metrics).cast(pl.Float64).sum().name.suffix("_sum"),
-        pl.col(metrics).count().name.suffix("_count"),
-        pl.col(metrics).max().name.suffix("_max"),
-        pl.len().alias("samples"),
-    )
-    seen = frame.group_by("entity").agg(pl.col("time").max())
+    found = bins(frame, "entity", _since(binning), {metric: metric for metric in METRICS}, binning)
+    seen = frame.group_by("entity").agg(_SECOND.max())
     # A service is its own only container of the metrics that only services have.
     service = pl.col("entity") if kind == "service" else pl.lit(None)
     kind = "machine" if kind == "machine" else "container"
-    return {kind: bins, "entities": _entities(seen, kind, binning, measured=pl.lit(True), service=service)}
+    described = entities(
+        seen,
+        _since(binning),
+        entity=pl.col("entity"),
+        kind=pl.lit(kind),
+        measured=pl.lit(True),
+        service=service,
+    )
+    return {kind: found, "entities": described}
 
 
 def _placement(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    columns = {"parent": pl.col("machine"), "service": pl.col("service")}
-    return {"entities": _entities(frame, "container", binning, **columns)}
+    described = entities(
+        frame,
+        _since(binning),
+        entity=pl.col("entity"),
+        kind=pl.lit("container"),
+        parent=pl.col("machine"),
+        service=pl.col("service"),
+    )
+    return {"entities": described}
 
 
 def _calls(frame: pl.DataFrame, binning: Binning) -> dict[str, pl.DataFrame]:
-    return {"calls": frame.select(_unix(binning.slice), "source", "target", "weight").drop_nulls("weight")}
-
-
-def _impossible(column: str) -> pl.Expr:
-    """nan and inf are among them."""
-    return ~pl.col(column).is_between(0, _LARGEST)
-
-
-def _empty(*columns: str) -> dict[str, pl.Expr]:
-    return {f"{column} is empty": pl.col(column).is_null() for column in columns}
+    start = unix(_since(binning), binning, binning.slice).alias("time")
+    return {"calls": frame.select(start, "source", "target", "weight").drop_nulls("weight")}
 
 
 def _telemetry(kind: str) -> Table:
     return Table(
         kind,
         _TELEMETRY,
-        _empty("time", "entity"),
-        {metric: _impossible(metric) for metric in METRICS},
+        missing("time") | missing("entity"),
+        negative(*METRICS),
         lambda frame, binning: _usage(kind, frame, binning),
     )
 
@@ -357,15 +341,15 @@ TABLES: dict[str, Table] = {
     "placement": Table(
         "placement",
         {"time": pl.Int64, "entity": pl.String, "machine": pl.String, "service": pl.String},
-        _empty("time", "entity"),
+        missing("time") | missing("entity"),
         {},
         _placement,
     ),
     "calls": Table(
         "calls",
         {"time": pl.Int64, "source": pl.String, "target": pl.String, "weight": pl.Float32},
-        _empty("time", "source", "target"),
-        {"weight": _impossible("weight")},
+        missing("time") | missing("source") | missing("target"),
+        negative("weight"),
         _calls,
     ),
 }

@@ -25,6 +25,11 @@ def clock(column: str, second: int = 1) -> dict[str, pl.Expr]:
     return missing(column) | {f"{column} is outside 0 to 10 years": ~time.is_between(0, LATEST * second)}
 
 
+def negative(*columns: str) -> dict[str, pl.Expr]:
+    """Present values that cannot be; nan and inf are among them."""
+    return {column: ~pl.col(column).is_between(0, LARGEST) for column in columns}
+
+
 def unix(seconds: pl.Expr, binning: Binning, width: int) -> pl.Expr:
     """Start of the bin or slice of `width` seconds in which a second of the trace lies, as UTC."""
     return ((seconds // width * width + binning.start) * 1000).cast(pl.Datetime("ms", "UTC"))

@@ -167,7 +167,7 @@ class CalendarOptions(Options):
         found: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for code in self.holidays:
             found[f"holiday {code}"] = _holidays(code, first, last, self.timezone)
-        for event in (*self.events, *self._of_file()):
+        for event in (*self.events, *self.listed()):
             found[event.name].append(_span(event, self.timezone))
         marks = (
             Mark(name=name, spans=tuple(sorted((a, b) for a, b in spans if a < last and b > first)))
@@ -175,7 +175,8 @@ class CalendarOptions(Options):
         )
         return Calendar(timezone=self.timezone, marks=tuple(marks))
 
-    def _of_file(self) -> list[Event]:
+    def listed(self) -> list[Event]:
+        """The events of the file, if there is one. Raises InputError if it cannot be read."""
         if self.events_file is None:
             return []
         try:
