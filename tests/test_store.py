@@ -132,6 +132,19 @@ def test_object_stores_show_the_manifest_only_with_all_files(monkeypatch):
     store.fs.rm("/bucket", recursive=True)
 
 
+def test_a_levels_store_has_the_telemetry_of_the_store_that_it_lies_in(store):
+    store.write_json("telemetry/manifest.json", 1)
+    own = store.level("machine").open_or_create()
+    own.write_json("models/a.json", 2)
+    again = Store(f"{store.uri}/levels/machine")
+    assert (again.read_json("telemetry/manifest.json"), again.list("telemetry")) == (
+        1,
+        ["telemetry/manifest.json"],
+    )
+    assert (again.list("models"), store.list("models")) == (["models/a.json"], [])
+    assert store.list("levels/machine/models") == ["levels/machine/models/a.json"]
+
+
 def test_a_store_is_marked_when_it_is_made_and_known_again(store):
     with pytest.raises(InputError, match=r"no store there \(store.json is missing\)"):
         store.open_existing()

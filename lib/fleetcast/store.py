@@ -4,7 +4,8 @@
 
 Each noun is a folder of Parquet and JSON files, readable by anything. `ingested/` holds each raw file's share
 of the telemetry, which is what lets a later file be added without reading the earlier ones again. `_work/`
-holds what jobs keep for their own resumption and may be deleted when none runs.
+holds what jobs keep for their own resumption and may be deleted when none runs. `levels/<level>` is a store
+of its own for one level of the hierarchy, with the telemetry of the store that it lies in.
 
 Every file is written whole or not at all: locally through a temporary name and a rename, on object stores by
 their own put. A folder that readers take as one thing (`publish`) appears at once locally; on object stores
@@ -42,6 +43,10 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 #: Which raw files, in which settings, the telemetry is made of.
 ACCEPTED = "ingested/manifest.json"
+#: A level's store lies in its store's folder of this name.
+_LEVELS = "levels"
+#: What a level's store has in common with the one it lies in.
+_SHARED = frozenset({"telemetry", "entities", "dependencies", "rejected", "ingested", "raw"})
 #: A raw file is told from others by its size and these many bytes of its head and of its tail.
 _KEY_BYTES = 1 << 20
 #: A table that is smaller is read from an object store by one request [bytes].
@@ -134,6 +139,8 @@ class Store:
             raise InputError(f"--store {uri}: expected a folder or s3://bucket/prefix ({error})") from error
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        above, _, name = self.root.rpartition(f"/{_LEVELS}/")
+        self._above = above if above and "/" not in name else self.root
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -172,11 +179,19 @@ class Store:
             raise InputError(f"--store {self.uri}: no store there (store.json is missing); run ingest first")
         return self.open_or_create()
 
+    def level(self, name: str) -> Store:
+        """The store of one level: its own windows, models and forecasts, with the telemetry of this one."""
+        return Store(f"{self.uri}/{_LEVELS}/{name}")
+
     # -- paths ---------------------------------------------------------------------------------------------
 
     def path(self, *parts: str) -> str:
         """The file system's own path of a place in the store."""
-        return "/".join([self.root, *parts])
+        return "/".join([self._root(parts[0] if parts else ""), *parts])
+
+    def _root(self, relative: str) -> str:
+        """Of what lies at a place in the store."""
+        return self._above if relative.split("/", 1)[0] in _SHARED else self.root
 
     def exists(self, relative: str) -> bool:
         """Whether there is a file or folder."""
@@ -184,7 +199,7 @@ class Store:
 
     def list(self, folder: str, suffix: str = "") -> list[str]:
         """Files below a folder, however deep, relative to the store, in order; [] if there is none."""
-        start = len(self.root) + 1
+        start = len(self._root(folder)) + 1
         # Some object stores find a folder in which nothing is left as if it were a file.
         names = (n[start:] for n in self.fs.find(self.path(folder)) if n != self.path(folder).rstrip("/"))
         return sorted(n for n in names if n.endswith(suffix) and not Path(n).name.startswith(".tmp-"))

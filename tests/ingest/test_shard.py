@@ -262,6 +262,17 @@ def test_a_window_at_the_start_of_a_span_has_the_edges_that_it_always_has(store)
     assert (late[1]["time"].dt.epoch("s") < made.start).any()
 
 
+def test_windows_end_when_they_are_told_to(store):
+    whole, _ = dataset(store, windows="whole")
+    end = ZERO + (DAYS - 1) * 86_400
+    made, _ = dataset(store, until=end)
+    assert (made.start, made.start + made.steps * made.step) == (whole.start, end)
+    early = usage("machine_usage").filter(pl.col("time").dt.epoch("s") < end)
+    assert agree(values(store, made), early)
+    last, _ = dataset(store, windows="last", until=end, span=2 * 86_400)
+    assert (last.start, last.steps) == (end - 2 * 86_400, 2 * 48)
+
+
 def test_entities_that_were_gone_before_a_span_are_not_in_it(store, tmp_path, put, ingested):
     put(tmp_path / "raw" / "machine_usage-gone.csv", b"m_9,3600,50,50,,,,,")
     store, _ = ingested(tmp_path / "raw", tmp_path / "store", step="10min")

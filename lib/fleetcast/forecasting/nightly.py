@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -18,10 +19,11 @@ from fleetcast.evaluation import dependencies
 from fleetcast.evaluation.metrics import Scores
 from fleetcast.evaluation.naive import duration
 from fleetcast.evaluation.report import NightlyReport, ladder_table, render, text_table
+from fleetcast.forecasting.levels import LevelOptions, compare_levels
 from fleetcast.forecasting.predict import ForecastOptions
 from fleetcast.forecasting.run import OVERVIEW, forecast, read_selected
 from fleetcast.ingest.options import IngestOptions
-from fleetcast.ingest.shards import shard
+from fleetcast.ingest.shards import SOURCE_KIND, shard
 from fleetcast.ingest.sources import SourceShardOptions, load, windows_of
 from fleetcast.runtime import PeakMemory
 from fleetcast.store import MANIFEST, Store
@@ -68,6 +70,11 @@ class NightlyOptions(Options):
     """From windows to a model."""
     forecast: ForecastOptions = ForecastOptions()
     """From the model to forecasts."""
+    levels: tuple[Literal["machine", "container", "service"], ...] = ()
+    """Several levels in one night, each with windows, a model and forecasts of its own below `levels/`, in
+    place of --shard.level. Containers with services or machines are compared and reconciled."""
+    hierarchy: LevelOptions = LevelOptions()
+    """How levels are compared."""
     retrain: Seconds = Field(0, ge=0)
     """The selected model forecasts until the telemetry has grown by so much since its own [s, or 7d], if it
     fits the windows; 0 trains whenever the windows have changed."""
@@ -78,6 +85,10 @@ class NightlyOptions(Options):
         if self.tabular is None:  # a table's windows are only known once it is read
             self.shard.resolve({})
         name = self.shard.windows
+        if len(set(self.levels)) < len(self.levels):
+            raise ValueError(f"levels {', '.join(self.levels)}: expected each once")
+        if self.levels and (name != "default" or "level" in self.shard.model_fields_set):
+            raise ValueError("with levels, expected neither shard.windows nor shard.level")
         for stage in (self.train, self.forecast):
             if stage.windows not in ("default", name):
                 raise ValueError(
@@ -91,12 +102,12 @@ class NightlyOptions(Options):
         return self.train.model_copy(update=name), self.forecast.model_copy(update=name)
 
 
+@dataclass
 class _Stages:
     """Runs stages one after the other and remembers what each took."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.figures: dict[str, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def run(
         self, name: str, stage: Callable[[], dict[str, Any]], note: Callable[[dict[str, Any]], str]
@@ -118,6 +129,12 @@ class _Stages:
             }
         )
 
+    def told(self) -> dict[str, dict[str, Any]]:
+        """Stage → how it went."""
+        return {
+            row["stage"]: {name: row[name] for name in ("status", "seconds", "note")} for row in self.rows
+        }
+
 
 def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[str, Any]:
     """Runs all stages on a source, or on the table of the options if there is none; writes the report, prints
@@ -126,13 +143,56 @@ def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[s
     If training fails but an earlier model is selected, that one forecasts, and then the failure is raised: a
     forecast is out, but the result is not whole.
     """
-    train_options, forecast_options = options.of_dataset()
     stages = _Stages()
-    stages.run(
-        "ingest",
-        lambda: load(store, source, options.ingest, options.tabular),
-        _read,
-    )
+    stages.run("ingest", lambda: load(store, source, options.ingest, options.tabular), _read)
+    if options.levels:
+        return _every_level(store, stages, options)
+    figures, failure = _level(store, stages, options)
+    if failure is not None:
+        raise failure
+    return figures
+
+
+def _every_level(store: Store, ingested: _Stages, options: NightlyOptions) -> dict[str, Any]:
+    """All stages of each level in its own store, all to the same end; then what they say of each other."""
+    telemetry = store.read_json(f"telemetry/{MANIFEST}")
+    kinds = {SOURCE_KIND[level] for level in options.levels} & set(telemetry["spans"])
+    ends = [telemetry["spans"][kind]["last"] + telemetry["settings"]["step"] for kind in kinds]
+    whole = windows_of(options.shard, options.tabular, telemetry).step
+    until = min(ends, default=0) // whole * whole or None
+    figures, failures = dict[str, dict[str, Any]](), list[Exception]()
+    for level in options.levels:
+        log.info("— level %s", level)
+        shard_options = options.shard.model_copy(update={"level": level, "until": until})
+        stages = _Stages(list(ingested.rows), dict(ingested.figures))
+        of_level = store.level(level).open_or_create()
+        figures[level], failure = _level(
+            of_level, stages, options.model_copy(update={"shard": shard_options})
+        )
+        if failure is not None:
+            failures.append(failure)
+    together: dict[str, Any] = {}
+    if "container" in options.levels and len(options.levels) > 1:
+        stages = _Stages()
+        stages.run(
+            "levels",
+            lambda: compare_levels(store, options.levels, options.hierarchy),
+            lambda found: "; ".join(found["verdicts"]),
+        )
+        together = {"comparison": stages.figures["levels"], "stages": stages.told()}
+        print(
+            "\n".join(
+                [*stages.figures["levels"]["verdicts"], f"Report: {stages.figures['levels']['report']}"]
+            )
+        )
+    if failures:
+        raise failures[0]
+    return {"levels": figures, **together}
+
+
+def _level(store: Store, stages: _Stages, options: NightlyOptions) -> tuple[dict[str, Any], Exception | None]:
+    """From telemetry to the published forecast and its report; and why training failed, if it did."""
+    train_options, forecast_options = options.of_dataset()
     stages.run(
         "shard",
         lambda: shard(
@@ -157,21 +217,19 @@ def nightly(store: Store, source: str | None, options: NightlyOptions) -> dict[s
     page = write_report(store, options.shard.windows, stages)
     if failure is not None:
         whose = InputError if told else RuntimeError
-        raise whose(
-            f"training failed ({told or failure}); the forecast is of the model selected before"
-        ) from failure
+        wrong = whose(f"training failed ({told or failure}); the forecast is of the model selected before")
+        wrong.__cause__ = failure
+        return {}, wrong
     return {
         "forecast": stages.figures["forecast"]["forecast"],
         "report": page,
-        "stages": {
-            row["stage"]: {name: row[name] for name in ("status", "seconds", "note")} for row in stages.rows
-        },
+        "stages": stages.told(),
         **{name: stages.figures["ingest"][name] for name in ("rows_read", "rows_rejected", "values_nulled")},
         **({"clocks": off} if (off := stages.figures["ingest"].get("clocks")) else {}),
         "windows": stages.figures["shard"]["windows"],
         **{name: stages.figures["forecast"][name] for name in ("entities", "gone", "cold_starts")},
         **{name: stages.figures["train"][name] for name in ("test_error", "coverage")},
-    }
+    }, None
 
 
 def _read(figures: dict[str, Any]) -> str:

@@ -38,8 +38,7 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
     data = manifests.load(store, options.windows)
     selected = read_selected(store)
     selected.check(data)
-    issued = datetime.fromtimestamp(data.start + data.step * data.steps, UTC)
-    folder = f"forecasts/issued={issued:%Y%m%dT%H%M%SZ}"
+    issued, folder = _issued(data), folder_of(data)
     digest = fingerprint(
         [data.fingerprint, selected.folder, selected.rung, selected.naive, options.model_dump(mode="json")]
     )
@@ -92,6 +91,16 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
     }
     _publish(store, work, folder, data, selected, digest, figures, shares)
     return {**figures, "forecast": folder, "skipped": False}
+
+
+def _issued(data: Manifest) -> datetime:
+    """When the telemetry ends."""
+    return datetime.fromtimestamp(data.start + data.step * data.steps, UTC)
+
+
+def folder_of(data: Manifest) -> str:
+    """Where the forecast from the end of these windows is published."""
+    return f"forecasts/issued={_issued(data):%Y%m%dT%H%M%SZ}"
 
 
 def read_selected(store: Store) -> Selected:

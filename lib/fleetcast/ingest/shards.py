@@ -38,7 +38,7 @@ _DRAW = 20_180_101
 #: The names of each group, or of each group's border.
 _Names = list[list[str]]
 #: The telemetry that each level is made of.
-_SOURCE_KIND = {"machine": "machine", "container": "container", "service": "container"}
+SOURCE_KIND = {"machine": "machine", "container": "container", "service": "container"}
 
 
 def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
@@ -91,20 +91,31 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
 
 def _last(telemetry: dict[str, Any], options: ShardOptions) -> dict[str, Any]:
     """The telemetry's manifest as if there were no more than the span that is wanted."""
-    kind, base = _SOURCE_KIND[options.level], telemetry["settings"]["step"]
-    if options.span is None or kind not in telemetry["spans"]:
+    kind, base = SOURCE_KIND[options.level], telemetry["settings"]["step"]
+    if kind not in telemetry["spans"]:
         return telemetry
-    span = telemetry["spans"][kind]
-    start = span["first"] // options.step * options.step
-    surplus = (span["last"] + base - start) // options.step - options.span // options.step
-    if surplus <= 0:
+    whole = telemetry["spans"][kind]
+    start, last = whole["first"], whole["last"]
+    if options.until is not None:
+        last = min(last, options.until - base)
+    if options.span is not None:
+        first = start // options.step * options.step
+        surplus = (last + base - first) // options.step - options.span // options.step
+        start = first + surplus * options.step if surplus > 0 else start
+    if (start, last) == (whole["first"], whole["last"]):
         return telemetry
-    start += surplus * options.step
     # A window at the start has the edges of the last slice that had ended: it begins up to two before.
     since = {"telemetry": start, "dependencies": start - 2 * telemetry["settings"]["slice"]}
-    days = {noun: f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}" for noun, at in since.items()}
-    files = [path for path in telemetry["files"] if path.split("/")[1] >= days[path.split("/")[0]]]
-    return {**telemetry, "spans": {kind: {**span, "first": start}}, "files": files}
+    days = {noun: _day(at) for noun, at in since.items()}
+    files = [
+        path for path in telemetry["files"] if days[path.split("/")[0]] <= path.split("/")[1] <= _day(last)
+    ]
+    return {**telemetry, "spans": {kind: {"first": start, "last": last}}, "files": files}
+
+
+def _day(at: int) -> str:
+    """The folder of a day."""
+    return f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
 
 
 def _units(
@@ -112,7 +123,7 @@ def _units(
 ) -> tuple[pl.DataFrame, _Names, _Names]:
     """`entity` of the telemetry → `unit` that is forecast; the groups of units, and their borders."""
     entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
-    kind = _SOURCE_KIND[options.level]
+    kind = SOURCE_KIND[options.level]
     measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
     if options.span is not None and kind in telemetry["spans"]:
         measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
@@ -173,7 +184,7 @@ def _draft(
     base = telemetry["settings"]["step"]
     if options.step % base:
         raise InputError(f"--step {options.step}: expected a multiple of the telemetry's step of {base} s")
-    span = telemetry["spans"][_SOURCE_KIND[options.level]]
+    span = telemetry["spans"][SOURCE_KIND[options.level]]
     start = span["first"] // options.step * options.step
     steps = (span["last"] + base - start) // options.step  # a last step that is not over yet is left out
     history, horizon = options.history // options.step, options.horizon // options.step
@@ -261,7 +272,7 @@ def _build(
     places: Places,
 ) -> list[dict[str, Any]]:
     """Splits the files by group, then builds every shard; returns the shards' receipts."""
-    kind = _SOURCE_KIND[options.level]
+    kind = SOURCE_KIND[options.level]
     values = [path for path in telemetry["files"] if f"/{kind}-" in path]
     edges = _dependencies(telemetry, options.level)
     key = {"dataset": draft.fingerprint}

@@ -17,6 +17,8 @@ class ServeOptions(Options):
 
     store: str
     """The store whose newest forecast and selected model are served: a folder or `s3://bucket/prefix`."""
+    reconciled: bool = False
+    """Serve the forecasts that agree with the level below (of a store of a level, `…/levels/machine`)."""
     s3: S3Options = S3Options()
     """How `s3://` is reached."""
     clock: Literal["wall", "trace"] = "wall"

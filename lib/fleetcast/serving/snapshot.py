@@ -49,9 +49,9 @@ def column(quantile: float) -> int:
     raise InputError(f"quantile: {quantile:g}, expected one of {', '.join(map(str, QUANTILES))}")
 
 
-def newest(store: Store) -> str | None:
-    """The folder of the newest published forecast, or None."""
-    found = [path.rsplit("/", 1)[0] for path in store.list("forecasts", MANIFEST)]
+def newest(store: Store, noun: str = "forecasts") -> str | None:
+    """The folder of the newest published forecast, or None; `noun` is the folder in which forecasts are."""
+    found = [path.rsplit("/", 1)[0] for path in store.list(noun, MANIFEST)]
     return max(found, default=None)
 
 
@@ -351,7 +351,8 @@ class Snapshot:
 def _earlier(snapshot: Snapshot) -> Snapshot | None:
     """The newest forecast that was over, or half over, when this one was issued, and that can be used."""
     store = snapshot.store
-    folders = {path.rsplit("/", 1)[0] for path in store.list("forecasts", MANIFEST)}
+    noun = snapshot.folder.split("/", 1)[0]
+    folders = {path.rsplit("/", 1)[0] for path in store.list(noun, MANIFEST)}
     for folder in sorted((one for one in folders if one < snapshot.folder), reverse=True):
         manifest = store.read_json(f"{folder}/{MANIFEST}")
         half = timedelta(seconds=manifest["step"] * manifest["horizon"] / 2)

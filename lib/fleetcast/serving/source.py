@@ -56,7 +56,7 @@ class Forecasts:
     def refresh(self) -> None:
         """Takes up the newest forecast if it is another than the one that answers."""
         try:
-            folder = newest(self.store)
+            folder = newest(self.store, "reconciled" if self.options.reconciled else "forecasts")
             mark = folder and (folder, self.store.read_json(f"{folder}/{MANIFEST}"))
             if mark == self._seen:
                 return

@@ -227,6 +227,8 @@ class ShardOptions(Options):
     span: Seconds | None = Field(None, ge=1)
     """How much telemetry becomes windows [s, or 56d]: the last so many whole steps, and the entities that
     there is telemetry of in them; all of it if not given."""
+    until: int | None = None
+    """When the windows end [Unix s]: telemetry from then on is not used; all of it is if not given."""
     history: Seconds = 86_400
     """Look-back [s, or 1d]."""
     horizon: Seconds = 86_400
