@@ -24,7 +24,7 @@ def whole(random: np.random.Generator, **changes) -> GroupForecast:
         "mean": mean,
         "quantiles": mean[..., None] + spread,
         "fallback": [None] * ENTITIES,
-        "cold": [False] * ENTITIES,
+        "cold": [None] * ENTITIES,
         "history": history,
         "gone": np.zeros((3 * HORIZON, 0, 2)),
     }

@@ -13,6 +13,7 @@ import torch
 from fleetcast import schemas
 from fleetcast.errors import InputError
 from fleetcast.evaluation.naive import DAILY_MAXIMUM, LAST_VALUE, YESTERDAY
+from fleetcast.forecasting.cold_start import Kin, _neighbours, begin_earlier
 from fleetcast.forecasting.predict import ForecastOptions, GroupForecast, Selected, predict, rows
 from fleetcast.forecasting.run import read_selected
 from fleetcast.models import saving
@@ -309,7 +310,7 @@ def test_the_past_of_a_new_replica_is_its_siblings_at_its_own_level(serve, value
     found = forecast(store, data)
     expected = whole[-DAY : HORIZON - DAY, :3]
     np.testing.assert_allclose(found.mean[:, :2], expected[:, :2], rtol=1e-4)
-    assert found.cold == [False, True, False]
+    assert found.cold == [None, "siblings", None]
     assert found.fallback == [None, None, None]
     table = rows(found, data, "stgnn", LAST_VALUE)
     models = dict(zip(table["entity"].to_pylist(), table["model"].to_pylist(), strict=True))
@@ -317,10 +318,39 @@ def test_the_past_of_a_new_replica_is_its_siblings_at_its_own_level(serve, value
     np.testing.assert_array_equal(np.isfinite(found.history[:-1, 1]), False)  # nobody saw what was filled
 
 
+def test_the_past_of_a_new_service_is_its_neighbours_as_share_of_their_own_level(values):
+    """e0 calls e1, is called by e2 twice as much, and does what both do, at its own level."""
+    whole = values.copy()
+    shape = 1 + 0.3 * np.sin(np.arange(len(values)) / 5)[:, None]
+    for n, level in enumerate((10, 1, 100)):
+        whole[:, n] = level * shape
+    given = whole.copy()
+    given[:-20, 0] = np.nan
+    edges = np.array([[0, 2, 3], [1, 0, 4]])
+    kin = _neighbours(range(3), edges, np.array([1, 2, 5], np.float32))
+    assert kin == [([1, 2], [1.0, 2.0]), ([0], [1.0]), ([0], [2.0])]
+    families = [[Kin("neighbours", np.array(at), np.array(w))] for at, w in kin]
+    filled, new = begin_earlier(given, families, history=40)
+    assert new == {0: "neighbours"}
+    np.testing.assert_allclose(filled, whole, rtol=1e-4)
+
+
+def test_siblings_come_before_neighbours_and_nobody_stands_in_for_one_who_has_a_past(values):
+    values[:-20, 0] = np.nan
+    siblings, neighbours = (
+        Kin(kind, np.array([at]), np.ones(1)) for kind, at in (("siblings", 1), ("neighbours", 2))
+    )
+    both = [[siblings, neighbours]] * 3
+    assert begin_earlier(values, both, history=40)[1] == {0: "siblings"}
+    values[:-20, 1] = np.nan  # the sibling has just begun as well
+    assert begin_earlier(values, both, history=40)[1] == {0: "neighbours", 1: "neighbours"}
+    assert begin_earlier(values, both, history=10)[1] == {}
+
+
 def test_a_new_replica_without_siblings_and_an_old_one_with_a_gap_are_as_they_are(serve, values):
     values[:-1, 2] = np.nan  # new, but its siblings are in another group
     values[-HISTORY:-1, 1] = np.nan  # a gap
     store, data = serve(values)
     found = forecast(store, replicas(store, data))
-    assert found.cold == [False, False, False]
+    assert found.cold == [None, None, None]
     assert found.fallback == [None, *["less than 25% of the look-back is observed"] * 2]

@@ -37,7 +37,7 @@ def live(fresh: Live) -> Live:
     return found
 
 
-_FIELDS = ("data", "selected", "model", "naive", "refused", "tracks", "graphs")
+_FIELDS = ("data", "selected", "model", "naive", "refused", "tracks", "graphs", "kin")
 
 
 def one(live: Live, *asked: Asked) -> Answer:
@@ -225,23 +225,37 @@ def test_what_was_sent_outlives_another_model(live, fresh):
 
 
 @pytest.fixture
-def bordered(dataset, monkeypatch, ray_cluster) -> Store:
-    """Four entities in two groups: e2 sends its load to e0, and each is on the border of the other's group.
-    An stgnn with its initial weights and its nightly forecast."""
+def served(dataset, monkeypatch, ray_cluster):
+    """`served(values)`: four entities in two groups: e2 sends its load to e0, and each borders the
+    other's group. An stgnn with its initial weights and its nightly forecast."""
 
     def untrained(store, manifest, options, geometry, digest):
         torch.manual_seed(0)
         return Progress(epoch=1, best_epoch=0), models.build("stgnn", {"hidden": 4}, geometry).state_dict(), 1
 
     monkeypatch.setattr(run, "fit", untrained)
-    values = np.random.default_rng(4).uniform(0.2, 0.8, (120, 4, 2)).astype(np.float32)
-    edges = [(1_514_764_800 + 3600 * hour, "e2", "e0", 1.0) for hour in range(40)]
-    groups = {"groups": [["e0", "e1"], ["e2", "e3"]], "borders": [["e2"], ["e0"]]}
-    store, _ = dataset(values, edges, **groups, history=8, horizon=4, lags=(16,))
-    run.train_model(store, TrainOptions(windows="test", stgnn=StgnnConfig(hidden=4)))
-    store.write_json(SELECTED, {**store.read_json(SELECTED), "rung": "stgnn"})
-    forecast(store, ForecastOptions(windows="test"))
-    return store
+
+    def make(values: np.ndarray) -> Store:
+        edges = [(1_514_764_800 + 3600 * hour, "e2", "e0", 1.0) for hour in range(40)]
+        groups = {"groups": [["e0", "e1"], ["e2", "e3"]], "borders": [["e2"], ["e0"]]}
+        store, _ = dataset(values, edges, **groups, history=8, horizon=4, lags=(16,))
+        run.train_model(store, TrainOptions(windows="test", stgnn=StgnnConfig(hidden=4)))
+        store.write_json(SELECTED, {**store.read_json(SELECTED), "rung": "stgnn"})
+        forecast(store, ForecastOptions(windows="test"))
+        return store
+
+    return make
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    """[T, N, F] the load of these entities."""
+    return np.random.default_rng(4).uniform(0.2, 0.8, (120, 4, 2)).astype(np.float32)
+
+
+@pytest.fixture
+def bordered(served, noise) -> Store:
+    return served(noise)
 
 
 def test_a_group_with_a_border_is_forecast_as_in_the_nightly_job(bordered):
@@ -250,6 +264,20 @@ def test_a_group_with_a_border_is_forecast_as_in_the_nightly_job(bordered):
     snapshot = Snapshot.load(bordered, newest(bordered))
     expected = np.stack([snapshot.values[snapshot.place(name)] for name in names])
     np.testing.assert_allclose(found.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_entity_that_has_just_begun_is_forecast_as_in_the_nightly_job(served, noise):
+    noise[:-2, 0] = np.nan  # e0, whose neighbour is e2
+    store = served(noise)
+    snapshot = Snapshot.load(store, newest(store))
+    live = Live.load(store, "test")
+    found = one(live, Asked(("e0", "e1"))).values
+    expected = np.stack([snapshot.values[snapshot.place(name)] for name in ("e0", "e1")])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    live.kin = [[[] for _ in group] for group in live.data.groups]
+    live._remembered.clear()
+    alone = one(live, Asked(("e0",))).values
+    assert not np.allclose(alone[0], found[0], rtol=1e-2), "nobody's past stands in for its own"
 
 
 def test_what_is_sent_of_an_entity_reaches_the_groups_that_it_borders(bordered):

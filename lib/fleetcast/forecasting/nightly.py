@@ -329,7 +329,7 @@ def build_report(store: Store, data: Manifest, folder: str, stages: _Stages) -> 
             ("values made null", nulled),
             ("entities", published["figures"]["entities"]),
             ("entities that are gone, not forecast", published["figures"]["gone"]),
-            ("entities that have just begun, by their siblings", published["figures"]["cold_starts"]),
+            ("entities that have just begun, by their kin", published["figures"]["cold_starts"]),
             ("steps", data.steps),
             *((f"{part} windows", data.windows(part)) for part in manifests.PARTS),
             ("forecast rows", published["figures"]["rows"]),

@@ -17,7 +17,7 @@ from fleetcast.config import Options, Seconds
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Forecast, Rung
-from fleetcast.forecasting.cold_start import begin_earlier, siblings
+from fleetcast.forecasting.cold_start import KINDS, Kind, begin_earlier, kin_of
 from fleetcast.models import saving
 from fleetcast.schemas import FRACTIONS, QUANTILES
 from fleetcast.store import MANIFEST, Store
@@ -32,8 +32,12 @@ log = logging.getLogger("fleetcast")
 _CLOCK_ALONE: dict[str, Any] = {"marks": [], "timezone": "UTC"}
 
 
-#: What is said of a forecast whose entity has only just begun.
-COLD = " (cold start)"
+#: What is said of the model of a forecast whose entity has only just begun.
+COLD: dict[Kind | None, str] = {
+    None: "",
+    "siblings": " (cold start)",
+    "neighbours": " (cold start from neighbours)",
+}
 
 
 class ForecastOptions(Options):
@@ -46,6 +50,9 @@ class ForecastOptions(Options):
     gone_after: Seconds = Field(86_400, ge=0)
     """An entity that nothing was observed of for so long [s, or 1d], nor in the look-back, has been shut down
     or renamed: it is not forecast."""
+    cold_start: tuple[Kind, ...] = KINDS
+    """Whose past may stand in for that of an entity that began within the look-back, the first first: its
+    siblings' of the same service, or its neighbours' in the graph. Nobody's if empty."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ class GroupForecast:
     """[H, N, F, Q], rising."""
     fallback: list[str | None]
     """Per entity: why it has the naive forecast, or None."""
-    cold: list[bool]
-    """Per entity: whether it has only just begun and its siblings stood in for its past."""
+    cold: list[Kind | None]
+    """Per entity: who stood in for its past, if it has only just begun."""
     history: NDArray[np.float64]
     """[3 H or less, N, F] what was observed before the origin, NaN in gaps."""
     gone: NDArray[np.float64]
@@ -153,11 +160,13 @@ def predict(
     opened = OpenShard.read(store, data, shard, scaler, selected.places)
     history, recent = _history(opened, data, scaler), max(data.history, -(-options.gone_after // data.step))
     here = np.atleast_1d(opened.last_steps(recent)[1].any((0, 2)))
-    kin, new = siblings(store, data, shard.group), list[int]()
-    if any(kin):
-        filled, new = begin_earlier(read_values(store, data, shard, border=True), kin, data.history)
-        opened = opened.of(filled) if new else opened
     batch = opened.batch(np.array([data.steps]))
+    edges = batch.edges.index.numpy(), batch.edges.weight.numpy()
+    kin, new = kin_of(store, data, shard.group, *edges, options.cold_start), dict[int, Kind]()
+    if any(kin):
+        values = read_values(store, data, shard, border=True)
+        values[-data.context :], new = begin_earlier(values[-data.context :], kin, data.history)
+        batch = opened.of(values).batch(np.array([data.steps])) if new else batch
     model, naive, refused = selected.rungs(data)
     shifts = selected.calibration["shifts"]
     stand_in = backtest.forecast(naive, batch, scaler, QUANTILES, shifts[selected.naive])
@@ -175,7 +184,7 @@ def predict(
         np.clip(mean, low, high)[:, here],
         np.clip(quantiles, low[:, None], high[:, None])[:, here],
         [reason for reason, is_here in zip(reasons, here, strict=True) if is_here],
-        [n in new for n in np.flatnonzero(here).tolist()],
+        [new.get(n) for n in np.flatnonzero(here).tolist()],
         history[:, here],
         history[:, ~here],
     )
@@ -239,7 +248,7 @@ def rows(found: GroupForecast, data: Manifest, model: str, naive: str) -> pa.Tab
         **{schemas.quantile_name(q): flat(found.quantiles[..., i]) for i, q in enumerate(QUANTILES)},
         "model": per_entity(
             [
-                (model if reason is None else naive) + (COLD if cold else "")
+                (model if reason is None else naive) + COLD[cold]
                 for reason, cold in zip(found.fallback, found.cold, strict=True)
             ]
         ),

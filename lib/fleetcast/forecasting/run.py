@@ -67,7 +67,7 @@ def forecast(store: Store, options: ForecastOptions) -> dict[str, Any]:
             shares.append(overview.of_group(found, data))
             fallbacks.update(reason for reason in found.fallback if reason)
             gone += found.gone.shape[1]
-            cold += sum(found.cold)
+            cold += sum(kind is not None for kind in found.cold)
         table = pa.concat_tables(tables).unify_dictionaries()
         store.write_json(item["overview"], reduce(overview.together, shares))
         store.write_table(item["target"], table)

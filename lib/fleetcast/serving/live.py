@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fleetcast.errors import InputError
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.backtest import Rung
+from fleetcast.forecasting.cold_start import Kin, begin_earlier, kin_of
 from fleetcast.forecasting.predict import ForecastOptions, Selected, bounds
 from fleetcast.forecasting.run import read_selected
 from fleetcast.schemas import QUANTILES
@@ -165,6 +166,8 @@ class Live:
     """Of each group's own entities."""
     graphs: list[tuple[NDArray[np.int64], Floats]]
     """Of each group: [2, E] places among its members, and weights."""
+    kin: list[list[list[Kin]]]
+    """Of each group's own entities: whose past stands in for that of one that has only just begun."""
     unknown: dict[str, Track] = field(default_factory=dict)
     most_unknown: int = 10_000
 
@@ -196,14 +199,15 @@ class Live:
         if refused is not None and selected.rung == selected.name:
             raise InputError(refused)
         steps = data.context + _SLACK
-        tracks, graphs = [], []
+        tracks, graphs, kin = [], [], []
         for shard in data.last_shards:
             values = read_values(store, data, shard)[-steps:]
             track = Track(steps, values.shape[1], values.shape[2], data.steps)
             track.values[steps - len(values) :] = values
             tracks.append(track)
             graphs.append(graph_at(store, data, shard, data.start + data.step * data.steps))
-        return cls(data, selected, model, naive, refused, tracks, graphs, most_unknown=most_unknown)
+            kin.append(kin_of(store, data, shard.group, *graphs[-1]))
+        return cls(data, selected, model, naive, refused, tracks, graphs, kin, most_unknown=most_unknown)
 
     def take_over(self, older: Live) -> None:
         """Keeps what an older state was sent since; both are of the same steps and metrics."""
@@ -393,6 +397,8 @@ class Live:
     def _batch(self, group: int, end: int, values: Floats) -> Batch:
         """A group's window that ends where a forecast begins."""
         own = len(self.data.groups[group])
+        if any(self.kin[group]):
+            values, _ = begin_earlier(values, self.kin[group], self.data.history)
         return self._window(self._nodes[group], own, end, values, *self.graphs[group])
 
     def _unknown(self, end: int, values: Sequence[Floats]) -> Batch:
