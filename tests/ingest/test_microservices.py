@@ -289,3 +289,32 @@ def test_the_real_calls_of_2022_are_read_as_csv_reads_them(ray_cluster, tmp_path
     for (_, _, um, dm), time in calls.items():
         expected[time // 1000 // SLICE * SLICE, um, dm] += 1
     assert edges(store) == expected
+
+
+def test_a_renamed_instance_is_one_series_under_its_newer_name(night):
+    """A rollout replaces half of the containers of a day; what both names had lies in one column."""
+    store = night[0]
+    apart = windows(store, "container", ("cpu",))
+    given = {"history": 4 * STEP, "horizon": 2 * STEP, "lags": (), "windows": "joined", "renamed": "10min"}
+    figures = shard(store, ShardOptions(level="container", metrics=("cpu",), step=STEP, **given))
+    joined = manifests.load(store, "joined")
+    assert figures["renamed"] == len(joined.renamed) > 0
+    old = {name for earlier in joined.renamed.values() for name in earlier}
+    assert set(apart.names) == set(joined.names) | old
+    entities = pl.from_arrow(store.read_table("entities/entities.parquet"))
+    service = dict(entities.select(pl.col("entity", "service").cast(pl.String)).iter_rows())
+    one, both = values(store, apart), values(store, joined)
+    for name, earlier in joined.renamed.items():
+        series = [one[:, apart.names.index(part), 0] for part in (*earlier, name)]
+        assert {service[part] for part in earlier} == {service[name]}
+        seen = np.isfinite(series)
+        assert (seen.sum(0) <= 2).all()
+        alone = seen.sum(0) == 1
+        expected = np.nansum(series, 0)[alone]
+        np.testing.assert_allclose(both[alone, joined.names.index(name), 0], expected, rtol=1e-5)
+        assert seen.any(0).sum() == np.isfinite(both[:, joined.names.index(name), 0]).sum()
+
+
+def test_only_containers_are_renamed(night):
+    with pytest.raises(InputError, match=r"--renamed 600: expected --level container, not service"):
+        shard(night[0], ShardOptions(level="service", metrics=("cpu",), renamed="10min"))

@@ -30,6 +30,7 @@ from fleetcast.windows.build import (
 )
 from fleetcast.windows.edges import combine
 from fleetcast.windows.manifest import Manifest, Scaler, Shard, ShardOptions
+from fleetcast.windows.renames import lives, successors
 
 log = logging.getLogger("fleetcast")
 
@@ -59,8 +60,9 @@ def shard(store: Store, options: ShardOptions) -> dict[str, Any]:
 
     telemetry = _last(telemetry, options)
     work = f"_work/windows/{options.windows}-{digest}"
-    units, groups, borders = _units(store, options, telemetry)
-    draft = _draft(telemetry, options, groups, borders, digest)
+    renamed = _renamed(store, work, options, telemetry)
+    units, groups, borders = _units(store, options, telemetry, renamed)
+    draft = _draft(telemetry, options, groups, borders, renamed, digest)
     grid = Grid.of(draft, options.dependencies)
     receipts = _build(store, work, telemetry, options, draft, grid, Places.of(draft, units))
     statistics = [receipt["statistics"] for receipt in receipts]
@@ -83,6 +85,7 @@ def _figures(manifest: Manifest) -> dict[str, Any]:
         "entities": manifest.entities,
         "groups": len(manifest.groups),
         "border": sum(map(len, manifest.borders)),
+        "renamed": len(manifest.renamed),
         "shards": len(manifest.shards),
         "steps": manifest.steps,
         "observed_share": dict(zip(manifest.metrics, manifest.observed, strict=True)),
@@ -118,19 +121,58 @@ def _day(at: int) -> str:
     return f"date={datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
 
 
-def _units(
-    store: Store, options: ShardOptions, telemetry: dict[str, Any]
-) -> tuple[pl.DataFrame, _Names, _Names]:
-    """`entity` of the telemetry → `unit` that is forecast; the groups of units, and their borders."""
+def _measured(store: Store, options: ShardOptions, telemetry: dict[str, Any]) -> pl.DataFrame:
+    """The entities that there is telemetry of."""
     entities: Any = pl.from_arrow(store.read_table("entities/entities.parquet"))
     kind = SOURCE_KIND[options.level]
-    measured = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
+    measured: pl.DataFrame = entities.filter((pl.col("kind") == kind) & pl.col("measured"))
     if options.span is not None and kind in telemetry["spans"]:
         measured = measured.filter(pl.col("last_measured").dt.epoch("s") >= telemetry["spans"][kind]["first"])
-    unit = pl.col("service") if options.level == "service" else pl.col("entity")
     if options.level == "container":  # not what stands for a service as a whole
         measured = measured.filter(pl.col("entity").ne_missing(pl.col("service")))
-    named = measured.select("entity", unit=unit).drop_nulls()
+    return measured
+
+
+def _renamed(
+    store: Store, work: str, options: ShardOptions, telemetry: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """Container → those whose place it took, the first first; one file of telemetry in memory at a time."""
+    if options.renamed is None:
+        return {}
+    if options.level != "container":
+        raise InputError(f"--renamed {options.renamed}: expected --level container, not {options.level}")
+    plan = {f"{work}/lives/{path}": {"source": path} for path in _values(telemetry, "container")}
+
+    def look(item: dict[str, Any]) -> dict[str, Any]:
+        found = lives(store.read_table(item["source"], ["entity", "time"]))
+        store.write_table(item["target"], found.to_arrow())
+        return {"rows": len(found)}
+
+    room = memory.splitting(telemetry.get("rows", 0), 0)
+    make(store, plan, look, f"{work}/receipts/lives", "shard: who lived when", room)
+    every: pl.DataFrame | None = None
+    for path in plan:
+        part: Any = pl.from_arrow(store.read_table(path))
+        part = part if every is None else pl.concat([every, part])
+        every = part.group_by("entity").agg(pl.col("first").min(), pl.col("last").max())
+    if every is None:
+        return {}
+    measured = _measured(store, options, telemetry).select(
+        pl.col("entity").cast(pl.String), pl.col("service").cast(pl.String)
+    )
+    return successors(every.join(measured.drop_nulls(), on="entity"), options.renamed)
+
+
+def _units(
+    store: Store, options: ShardOptions, telemetry: dict[str, Any], renamed: dict[str, tuple[str, ...]]
+) -> tuple[pl.DataFrame, _Names, _Names]:
+    """`entity` of the telemetry → `unit` that is forecast; the groups of units, and their borders."""
+    kind = SOURCE_KIND[options.level]
+    unit = pl.col("service") if options.level == "service" else pl.col("entity")
+    named = _measured(store, options, telemetry).select("entity", unit=unit).drop_nulls()
+    if renamed:
+        newest = {old: new for new, earlier in renamed.items() for old in earlier}
+        named = named.with_columns(pl.col("unit").cast(pl.String).replace(newest))
     if named.is_empty():
         raise InputError(f"--level {options.level}: the store has no {kind} with telemetry of that level")
     names = named["unit"].unique().sort().to_list()
@@ -146,6 +188,11 @@ def _units(
     groups = cut.cut(names, graph, options.group_size)
     flow = graph.select("source", "target", weight="flow")
     return named, groups, cut.border(groups, flow, options.border)
+
+
+def _values(telemetry: dict[str, Any], kind: str) -> list[str]:
+    """The files of telemetry of entities of a kind."""
+    return [path for path in telemetry["files"] if path.startswith("telemetry/") and f"/{kind}-" in path]
 
 
 def _dependencies(telemetry: dict[str, Any], level: str) -> list[str]:
@@ -174,7 +221,12 @@ def _graph(store: Store, options: ShardOptions, telemetry: dict[str, Any], names
 
 
 def _draft(
-    telemetry: dict[str, Any], options: ShardOptions, groups: _Names, borders: _Names, digest: str
+    telemetry: dict[str, Any],
+    options: ShardOptions,
+    groups: _Names,
+    borders: _Names,
+    renamed: dict[str, tuple[str, ...]],
+    digest: str,
 ) -> Manifest:
     """The manifest but for what only the shards' values can tell."""
     known = [name for metric in telemetry["metrics"] for name in (metric, f"{metric}_max")]
@@ -217,6 +269,7 @@ def _draft(
         boundaries=boundaries,
         groups=tuple(map(tuple, groups)),
         borders=tuple(map(tuple, borders)),
+        renamed={name: renamed[name] for group in groups for name in group if name in renamed},
         scaler=Scaler(mean=(), std=()),
         seasonal_error=(),
         observed=(),
@@ -273,7 +326,7 @@ def _build(
 ) -> list[dict[str, Any]]:
     """Splits the files by group, then builds every shard; returns the shards' receipts."""
     kind = SOURCE_KIND[options.level]
-    values = [path for path in telemetry["files"] if f"/{kind}-" in path]
+    values = _values(telemetry, kind)
     edges = _dependencies(telemetry, options.level)
     key = {"dataset": draft.fingerprint}
     plan = {

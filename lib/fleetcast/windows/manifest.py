@@ -101,6 +101,8 @@ class Manifest(Options):
     """Entities of each group; every entity is in exactly one. Only these are forecast, scored and counted."""
     borders: tuple[tuple[str, ...], ...]
     """Of each group the entities of other groups whose load flows into it: context, never targets."""
+    renamed: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Entity → the earlier names of its series, the first first."""
     scaler: Scaler
     seasonal_error: tuple[float, ...]
     """Mean absolute difference of each metric to the step one (first) lag before, on the training part: the
@@ -245,6 +247,9 @@ class ShardOptions(Options):
     services count as much as large ones, in training and in scaled errors."""
     calendar: CalendarOptions = CalendarOptions()
     """Holidays and events that are known in advance, and the time zone of days."""
+    renamed: Seconds | None = Field(None, ge=0)
+    """Of containers: one that begins at most so long [s, or 30min] before or after another of its service
+    ends takes its place, as one series with the newer's name; nobody does if not given."""
     dependencies: tuple[str, ...] = ("call", "batch", "colocation", "correlation")
     """Kinds of dependencies that become edges."""
     group_size: int = Field(64, ge=1)
