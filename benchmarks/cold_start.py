@@ -21,6 +21,7 @@ from fleetcast.config import Options
 from fleetcast.evaluation import backtest
 from fleetcast.evaluation.compare import block_length, resample
 from fleetcast.evaluation.metrics import per_origin
+from fleetcast.evaluation.naive import LAST_VALUE
 from fleetcast.forecasting.cold_start import Kin, begin_earlier, kin_of
 from fleetcast.forecasting.predict import Selected
 from fleetcast.ingest.options import IngestOptions
@@ -117,7 +118,7 @@ def _models(store: Store, config: Config, data: Manifest) -> Iterable[Selected]:
     for seed in range(config.seeds):
         options = TrainOptions(windows=data.name, model=config.model, seed=seed, epochs=config.epochs)
         found = train_model(store, options)
-        yield Selected(store, found["model"], config.model, found["selected"], "")
+        yield Selected(store, found["model"], config.model, LAST_VALUE, "")
 
 
 def _replicas(store: Store, config: Config, within: str | None) -> _Scores:
