@@ -27,19 +27,10 @@ from fleetcast.control import traffic
 from fleetcast.control.cluster import Cluster, ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
 from fleetcast.control.events import EventEngine
-from fleetcast.control.interface import Action, Observation, Outcome
+from fleetcast.control.features import LARGEST, REQUEST_FEATURES, Scales, Window, features
+from fleetcast.control.interface import Action, Outcome
 from fleetcast.control.traffic import Traffic, TrafficOptions
 from fleetcast.errors import InputError
-
-#: Of a service in `telemetry`, before the three of each class of nodes (ready, cpu, latency).
-FEATURES = (
-    "known", "rate", "latency_p50", "latency_p95", "cpu", "memory", "queue", "errors", "wanted", "ready",
-    "starting", "pending",
-)  # fmt: skip
-#: Of a class of requests in `requests`.
-REQUEST_FEATURES = ("offered", "request_p95", "missed")
-#: No feature is larger.
-_LARGEST = 10.0
 
 
 class EnvironmentOptions(Options):
@@ -92,25 +83,21 @@ class Environments:
             raise InputError(f"{environments} environments of the event-driven engine, expected 1")
         self.cluster, self.options, self.environments = cluster, options, environments
         self._pool, self._device = rates, torch.device(device)
-
-        def along(values: Any) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.float32, device=self._device)
-
         self._changes = torch.tensor(options.changes, device=self._device)
-        self._least, self._most = along(cluster.min_replicas), along(cluster.max_replicas)
-        self._rate = along(cluster.rate * (cluster.share @ cluster.visits)).clamp(min=1e-6)
-        self._class_rate, self._deadline = along(cluster.rate * cluster.share), along(cluster.deadline)
+        self._window = Window(Scales.of(cluster), options.window, options.changes, self._device)
         self._longest = float(cluster.share @ cluster.deadline)
         self._cores = float(cluster.max_replicas @ cluster.cores)
         self.edges = torch.as_tensor(np.stack((cluster.caller, cluster.callee)), device=self._device)
         """[2, L]. Callers and callees."""
-        self.edge_weights = along(cluster.share @ cluster.calls)
+        self.edge_weights = torch.as_tensor(
+            cluster.share @ cluster.calls, dtype=torch.float32, device=self._device
+        )
         """[L]. Calls along each edge for a call of its caller, on average over the classes."""
 
     @property
     def features(self) -> int:
         """F."""
-        return len(FEATURES) + 3 * len(self.cluster.node_classes)
+        return features(len(self.cluster.node_classes))
 
     def reset(self, seed: int) -> dict[str, Tensor]:
         """Begins an episode; the same seed, the same episode."""
@@ -127,12 +114,7 @@ class Environments:
             self.engine = FluidEngine(
                 self.cluster, part, step=self.options.step, seed=seed, device=self._device
             )
-        window, services = self.options.window, len(self.cluster.names)
-        shape = (self.environments, window, services, self.features)
-        self._telemetry = torch.zeros(shape, device=self._device)
-        self._requests = torch.zeros(
-            self.environments, window, len(self._deadline), len(REQUEST_FEATURES), device=self._device
-        )
+        self._window.reset(self.environments)
         self._done = 0
         return self._see()
 
@@ -171,54 +153,11 @@ class Environments:
 
     def mask(self) -> Tensor:
         """[E, S, C]. Which changes keep within the least and the most replicas."""
-        after = self._last.wanted.unsqueeze(2) + self._changes
-        return (after >= self._least.unsqueeze(1)) & (after <= self._most.unsqueeze(1))
+        return self._window.mask(self._last.wanted)
 
     def _see(self) -> dict[str, Tensor]:
         self._last = self.engine.observe()
-        telemetry, requests = self._scaled(self._last)
-        self._telemetry = torch.cat((self._telemetry[:, 1:], telemetry.unsqueeze(1)), 1)
-        self._requests = torch.cat((self._requests[:, 1:], requests.unsqueeze(1)), 1)
-        return {"telemetry": self._telemetry, "requests": self._requests, "mask": self.mask()}
-
-    def _scaled(self, seen: Observation) -> tuple[Tensor, Tensor]:
-        """[E, S, F] and [E, K, 3]. Mostly from 0 to 1; 0 where nothing is known, and `known` says so."""
-        longest = self._longest
-        services = torch.stack(
-            (
-                (~seen.rate.isnan()).float(),
-                seen.rate / self._rate,
-                torch.log1p(10 * seen.latency_p50 / longest),
-                torch.log1p(10 * seen.latency_p95 / longest),
-                seen.cpu,
-                seen.memory,
-                torch.log1p(seen.queue) / 5,
-                torch.log1p(seen.errors) / 5,
-                seen.wanted / self._most,
-                seen.ready / self._most,
-                seen.starting / self._most,
-                seen.pending / self._most,
-            ),
-            2,
-        )
-        of_zones = torch.cat(
-            (
-                seen.ready_by_class / self._most.unsqueeze(1),
-                seen.cpu_by_class,
-                torch.log1p(10 * seen.latency_by_class / longest),
-            ),
-            2,
-        )
-        requests = torch.stack(
-            (
-                seen.offered / self._class_rate,
-                torch.log1p(seen.request_p95 / self._deadline),
-                seen.missed,
-            ),
-            2,
-        )
-        services = torch.cat((services, of_zones), 2)
-        return services.nan_to_num(0).clamp(max=_LARGEST), requests.nan_to_num(0).clamp(max=_LARGEST)
+        return self._window.push(self._last)
 
 
 class ClusterEnv(gymnasium.Env[Any, Any]):
@@ -245,7 +184,7 @@ class ClusterEnv(gymnasium.Env[Any, Any]):
             "requests": (options.window, len(made.entry), len(REQUEST_FEATURES)),
         }
         self.observation_space = spaces.Dict(
-            {name: spaces.Box(0, _LARGEST, shape, np.float32) for name, shape in shapes.items()}
+            {name: spaces.Box(0, LARGEST, shape, np.float32) for name, shape in shapes.items()}
             | {"mask": spaces.MultiBinary((services, len(options.changes)))}
         )
         self.action_space = spaces.Dict(

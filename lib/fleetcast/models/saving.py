@@ -38,11 +38,7 @@ def save(
         "options": options.model_dump(mode="json"),
         "geometry": geometry.model_dump(mode="json"),
     }
-    weights = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    )
-    with store.write(f"{folder}/{WEIGHTS}") as file:
-        file.write(weights)
+    save_weights(store, f"{folder}/{WEIGHTS}", state)
     store.write_json(f"{folder}/{CONFIG}", config)
 
 
@@ -53,18 +49,34 @@ def load(store: Store, folder: str) -> Model:
     """
     model = _build(store, f"{folder}/{CONFIG}")
     file = f"{folder}/{WEIGHTS}"
+    state = load_weights(store, file, model.state_dict())
+    try:
+        model.load_state_dict(state)
+    except InputError as error:
+        raise InputError(f"{store.uri}/{file}: {error}") from error
+    return model.eval()
+
+
+def save_weights(store: Store, file: str, state: Mapping[str, Tensor]) -> None:
+    """Writes a `state_dict` as safetensors."""
+    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    with store.write(file) as written:
+        written.write(safetensors.torch.save(weights))
+
+
+def load_weights(store: Store, file: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file, with the names, shapes and types of those expected.
+
+    Raises InputError naming the file, and the tensor in it, that is missing or not as expected.
+    """
     try:
         state = safetensors.torch.load(store.read_bytes(file))
     except FileNotFoundError as error:
         raise InputError(f"{store.uri}/{file}: no such file, expected the model's weights") from error
     except SafetensorError as error:
         raise InputError(f"{store.uri}/{file}: not a whole safetensors file: {error}") from error
-    _check(model.state_dict(), state, f"{store.uri}/{file}")
-    try:
-        model.load_state_dict(state)
-    except InputError as error:
-        raise InputError(f"{store.uri}/{file}: {error}") from error
-    return model.eval()
+    _check(expected, state, f"{store.uri}/{file}")
+    return state
 
 
 @dataclass(frozen=True)

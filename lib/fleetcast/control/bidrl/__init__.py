@@ -1,0 +1,1 @@
+"""The learned agent: telemetry → latent state → scaling, routing and restarts. Ray in `rollouts` alone."""
