@@ -1,14 +1,13 @@
 """The stream: where scrapes come from and actions go to.
 
-Whatever is read, is answered for in one transaction: the offset moves on, and the action, or the message that
-could not be used, is written, all or nothing. So a consumer that dies at any point neither loses an action nor
-gives one twice. Another broker is another class with these methods.
+Whatever is read is answered for in one transaction: the offset moves on, and the action, or the message that
+could not be used, is written; all or nothing. So a consumer that dies at any point neither loses an action
+nor gives one twice. Another broker is another class with these methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import redis
@@ -34,10 +33,8 @@ return 1
 """
 
 
-class Message(tuple[str, bytes]):
-    """(offset, body)."""
-
-    __slots__ = ()
+#: What a broker raises when it cannot be reached, or cannot do what it is asked to.
+FAILURES = (redis.RedisError, OSError)
 
 
 class Moved(Exception):
@@ -56,7 +53,9 @@ class Broker(Protocol):
     def before(self, offset: str, count: int) -> list[tuple[str, bytes]]:
         """The last messages up to an offset, that one included, in order."""
 
-    def commit(self, expected: str, offset: str, action: bytes | None, rejected: str | None, body: bytes) -> None:
+    def commit(
+        self, expected: str, offset: str, action: bytes | None, rejected: str | None, body: bytes
+    ) -> None:
         """Answers for a message. Raises Moved if the offset is not the expected one any more."""
 
     def killed(self) -> bool:
@@ -80,7 +79,7 @@ class RedisStreams:
     """
 
     def __init__(self, url: str, prefix: str = "fleetcast", most: int = 100_000) -> None:
-        """`most` entries are kept of the streams that are written. Raises InputError if Redis does not answer."""
+        """`most` entries are kept of each stream. Raises InputError if Redis does not answer."""
         self.prefix, self._most = prefix, most
         self.place = _without_password(url)
         """The URL, as it may be shown."""
@@ -105,14 +104,18 @@ class RedisStreams:
         return BEGINNING if found is None else _text(found)
 
     def read(self, after: str, count: int, wait: float) -> list[tuple[str, bytes]]:
-        found = self._redis.xread({self.key("telemetry"): after}, count=count, block=max(1, int(1000 * wait)))
+        found: Any = self._redis.xread(
+            {self.key("telemetry"): after}, count=count, block=max(1, int(1000 * wait))
+        )
         return [message for _, messages in found for message in _bodies(messages, b"scrape")]
 
     def before(self, offset: str, count: int) -> list[tuple[str, bytes]]:
         found = self._redis.xrevrange(self.key("telemetry"), max=offset, count=count)
         return _bodies(found, b"scrape")[::-1]
 
-    def commit(self, expected: str, offset: str, action: bytes | None, rejected: str | None, body: bytes) -> None:
+    def commit(
+        self, expected: str, offset: str, action: bytes | None, rejected: str | None, body: bytes
+    ) -> None:
         keys = [self.key(name) for name in ("state", "actions", "rejected")]
         done = self._commit(
             keys=keys, args=[expected, offset, action or b"", rejected or "", body, self._most]
@@ -130,6 +133,11 @@ class RedisStreams:
         found = _bodies(self._redis.xrevrange(self.key("actions"), count=1), b"action")
         return found[0][1] if found else None
 
+    def next_action(self, after: str, wait: float) -> tuple[str, bytes] | None:
+        """The first action behind an offset; waits for it for so many seconds."""
+        found: Any = self._redis.xread({self.key("actions"): after}, count=1, block=max(1, int(1000 * wait)))
+        return _bodies(found[0][1], b"action")[0] if found else None
+
     def actions(self) -> list[tuple[str, bytes]]:
         """All actions that are kept, in order."""
         return _bodies(self._redis.xrange(self.key("actions")), b"action")
@@ -143,8 +151,8 @@ class RedisStreams:
         return {"telemetry": int(self._redis.xlen(self.key("telemetry"))), "rejected": int(rejected or 0)}
 
 
-def _bodies(messages: Sequence[tuple[bytes, dict[bytes, bytes]]], name: bytes) -> list[tuple[str, bytes]]:
-    return [(_text(offset), fields.get(name, b"")) for offset, fields in messages]
+def _bodies(messages: Any, name: bytes) -> list[tuple[str, bytes]]:
+    return [(_text(offset), fields.get(name, b"")) for offset, fields in messages or ()]
 
 
 def _text(value: bytes | str) -> str:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 
-from fleetcast.control.deployment.broker import Broker, Moved
+from fleetcast.control.deployment.broker import FAILURES, Broker, Moved
 from fleetcast.control.deployment.decider import Decider
 from fleetcast.control.deployment.messages import Entry
 
@@ -37,6 +37,7 @@ class Consumer:
         self.failure: str | None = None
         """Why nothing is read now, or None."""
         self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
         self.rehydrate()
 
     def rehydrate(self) -> None:
@@ -67,7 +68,7 @@ class Consumer:
         return len(messages)
 
     def run(self) -> None:
-        """Steps until `stop`. A broker that fails is tried again; a message that was answered for by another is
+        """Steps until `stop`. A broker that fails is tried again; what another consumer has answered for is
         not answered for twice."""
         while not self._stop.is_set():
             try:
@@ -75,24 +76,29 @@ class Consumer:
                 self.failure = None
             except Moved as error:
                 log.warning("control: another consumer is at work: %s", error)
-                self._again(self.rehydrate, str(error))
-            except Exception as error:  # whatever a broker does wrong, the loop must not end
+                self._begin_again()
+            except FAILURES as error:
                 self.failure = f"{type(error).__name__}: {error}"
                 log.error("control: %s", self.failure)
                 self._stop.wait(_AGAIN)
-                self._again(self.rehydrate, self.failure)
+                self._begin_again()
 
-    def _again(self, work: object, why: str) -> None:
+    def _begin_again(self) -> None:
         try:
             self.rehydrate()
-        except Exception as error:
+        except FAILURES as error:  # it is tried again
             self.failure = f"{type(error).__name__}: {error}"
 
     def start(self) -> threading.Thread:
         """Runs in a thread of its own."""
-        thread = threading.Thread(target=self.run, name="control", daemon=True)
-        thread.start()
-        return thread
+        self._thread = threading.Thread(target=self.run, name="control", daemon=True)
+        self._thread.start()
+        return self._thread
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread of `start` still runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def stop(self) -> None:
         """Ends `run` after the step that it is in."""

@@ -11,6 +11,7 @@ are there.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,18 +92,17 @@ class Decider:
         """Forgets all that was seen."""
         self._rule = KubernetesPolicy(self.options.rule)
         scales = self.about.scales
-        self._rule.begin(
-            torch.tensor(scales.least), torch.tensor(scales.most), torch.tensor(scales.capacity)
-        )
+        self._rule.begin(torch.tensor(scales.least), torch.tensor(scales.most), torch.tensor(scales.capacity))
         self._last = -np.inf
         self.latent: Latent | None = None
+        self._encoding: Future[None] | None = None
         if self.policy is not None:
             self.policy.begin()
 
     @property
     def memory(self) -> int:
-        """Messages on which a decision may depend: those of the rule's windows, which depend on as many before
-        them, and those of the encoder's."""
+        """Messages on which a decision may depend: those of the rule's windows, which depend on as many
+        before them, and those of the encoder's."""
         rule = self.options.rule.behaviour
         seconds = max(
             rule.up.window, rule.down.window, *(p.period for r in (rule.up, rule.down) for p in r.policies)
@@ -115,6 +115,8 @@ class Decider:
         self.begin()
         for body in bodies:
             self.answer("", body, killed=False)
+        if self._encoding is not None:
+            self._encoding.result()
 
     def answer(self, offset: str, body: bytes, killed: bool) -> Entry | str:
         """The actions that a message leads to, or in one line why it cannot be used."""
@@ -131,35 +133,31 @@ class Decider:
         self._last = scrape.time
         self.strangers.update(strangers)
         read = time.perf_counter()
-        encoding = self._encode(seen)
+        self._encode(seen)
         reactive = self._rule.act(seen).replicas
-        proposed, fallback = self._propose(seen, encoding, killed)
+        proposed, fallback = self._propose(seen, killed)
         entry = self._entry(offset, scrape, seen, reactive, proposed, fallback)
         self.seconds = {"read": read - started, "decide": time.perf_counter() - read}
         return entry
 
-    def _encode(self, seen: Observation) -> Future[None] | None:
+    def _encode(self, seen: Observation) -> None:
         """Begins to make latent states of the window that ends now."""
         policy = self.policy
         if policy is None:
-            return None
+            return
         window = policy.see(seen)
 
         def work() -> None:
             self.latent = Latent(policy.encode(window), seen.time)
 
-        return self._encoder.submit(work)
+        self._encoding = self._encoder.submit(work)
 
-    def _propose(
-        self, seen: Observation, encoding: Future[None] | None, killed: bool
-    ) -> tuple[Action | None, str | None]:
+    def _propose(self, seen: Observation, killed: bool) -> tuple[Action | None, str | None]:
         """What the policy would have, or why it is not asked."""
-        if self.policy is None or encoding is None:
+        if self.policy is None or self._encoding is None:
             return None, KILLED if killed else None
-        try:
-            encoding.result(self.options.wait)
-        except TimeoutError:
-            pass  # the states that are there count, for as long as they may
+        with contextlib.suppress(TimeoutError):  # the states that are there count, for as long as they may
+            self._encoding.result(self.options.wait)
         if killed:
             return None, KILLED
         if self.latent is None or seen.time - self.latent.time > self.options.latent_age:

@@ -24,8 +24,8 @@ Mode = Literal["observe", "recommend", "act"]
 
 #: Columns of services in a scrape, and of requests.
 _OF_SERVICES = (
-    "wanted", "ready", "starting", "pending", "measured", "rate", "latency_p50", "latency_p95", "cpu", "memory",
-    "queue", "errors",
+    "wanted", "ready", "starting", "pending", "measured", "rate", "latency_p50", "latency_p95", "cpu",
+    "memory", "queue", "errors",
 )  # fmt: skip
 _BY_CLASS = ("ready_by_class", "cpu_by_class", "latency_by_class")
 _OF_REQUESTS = ("offered", "request_p95", "missed")
@@ -106,7 +106,7 @@ class Scrape(Options):
     ready_by_class: tuple[Known, ...] = ()
     cpu_by_class: tuple[Known, ...] = ()
     latency_by_class: tuple[Known, ...] = ()
-    """As `ready`, `cpu` and the latency of a call itself, a row for each service with a column for each class of
+    """As `ready`, `cpu` and the latency of a call itself: a row for each service, a column for each class of
     nodes."""
     offered: Known = ()
     """Requests of each class of requests [1/s]."""
@@ -151,8 +151,8 @@ class Scrape(Options):
         least = torch.tensor(about.scales.least, dtype=torch.float32)
         columns["wanted"] = torch.where(columns["wanted"].isnan(), least, columns["wanted"])
         requests = {name: _requests(getattr(self, name), len(about.requests)) for name in _OF_REQUESTS}
-        batched = {name: values.unsqueeze(0) for name, values in (columns | requests).items()}
-        return Observation(time=self.time, interval=about.interval, lag=self.lag, **batched), strangers
+        batched: dict[str, Any] = {name: values.unsqueeze(0) for name, values in (columns | requests).items()}
+        return Observation(self.time, about.interval, self.lag, **batched), strangers
 
     @property
     def unknown(self) -> set[str]:

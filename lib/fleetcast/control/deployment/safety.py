@@ -3,8 +3,8 @@
     replicas, reasons = guard(SafetyOptions(), before, proposed, reactive, least, most)
 
 A policy may add replicas before they are needed. It never takes away what the reactive rule wants: a service
-scales in only where that rule, after its stabilisation window, would scale in as well. What it adds beyond the
-rule is limited, per service and for all together.
+scales in only where that rule, after its stabilisation window, would scale in as well. What it adds beyond
+the rule is limited, per service and for all together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SafetyOptions(Options):
     """How far a policy may go beyond the reactive rule."""
 
     most_added: int = Field(4, ge=0)
-    """Replicas that it may add to a service in a decision, beyond those that the rule wants or that are there."""
+    """Replicas that it may add to a service in a decision, beyond those that there are or the rule wants."""
     most_added_share: float = Field(0.2, ge=0)
     """The same of all services together, as share of all replicas; at least one."""
 
@@ -66,8 +66,8 @@ def guard(
 
 
 def _level(added: Ints, room: int) -> Ints:
-    """[S] to how many each is cut so that all fit: as even as whole replicas allow, the first services first."""
-    level = np.zeros_like(added)
+    """[S] to how many each is cut so that all fit: as even as whole replicas allow, the first first."""
+    level: Ints = np.zeros_like(added)
     while True:
         more = (added > level) & (np.cumsum(added > level) <= room - np.minimum(added, level).sum())
         if not more.any():

@@ -40,9 +40,17 @@ class KubernetesPolicy:
 
     def reset(self, cluster: Cluster, environments: int) -> None:
         """A new episode begins."""
-        least, most = (torch.as_tensor(one) for one in (cluster.min_replicas, cluster.max_replicas))
+        self.begin(
+            torch.as_tensor(cluster.min_replicas),
+            torch.as_tensor(cluster.max_replicas),
+            torch.as_tensor(cluster.cores / cluster.demand),
+        )
+
+    def begin(self, least: Tensor, most: Tensor, capacity: Tensor) -> None:
+        """A new episode begins, of services with so many replicas [S], each of which can work off `capacity`
+        calls per second [S]."""
         self._limits = Limits(self.options.behaviour, least, most)
-        self._target = self.options.target / 100 * torch.as_tensor(cluster.cores / cluster.demand)
+        self._target = self.options.target / 100 * capacity
 
     def act(self, observation: Observation) -> Action:
         """Replicas alone: the rule knows neither routing nor restarts."""
