@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := out/demo
 
-.PHONY: help demo demo-prometheus serve test test-slow test-all check format bench bench-models bench-serve bench-control bench-scale clean
+.PHONY: help demo demo-prometheus demo-control serve test test-slow test-all check format bench bench-models bench-serve bench-control bench-scale clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: $(VENV)/.runtime  ## a synthetic cluster, from raw trace to tomorrow's for
 
 demo-prometheus: $(VENV)/.runtime  ## the same from a running Prometheus, which is started for it (needs prometheus, promtool)
 	$(BIN)/python examples/demo_prometheus.py $(DEMO)-prometheus
+
+demo-control: $(VENV)/.runtime  ## a simulated cluster scaled over a Redis stream, and a kill in between (needs redis-server)
+	$(BIN)/python examples/demo_control.py $(DEMO)-control
 
 serve: $(VENV)/.runtime  ## the demo's forecast over HTTP, and a page: http://127.0.0.1:8000
 	test -d $(DEMO)/store/forecasts || $(MAKE) demo
@@ -57,6 +60,7 @@ bench-serve: $(VENV)/.dev  ## the running server under load: stored and live for
 
 bench-control: $(VENV)/.dev  ## the simulator of clusters: against closed forms, both engines, speed
 	$(BIN)/python -m benchmarks.control
+	$(BIN)/python -m benchmarks.deployment
 
 bench-scale: $(VENV)/.dev  ## large traces: Ray's share, archives, streaming, DDP, 4,000 machines, 3·10⁸ rows
 	$(BIN)/python benchmarks/run.py --scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from typing import Annotated, Any
@@ -180,6 +181,7 @@ def _status(consumer: Consumer, options: DeployOptions) -> dict[str, Any]:
         "messages": broker.counts(),
         "delay_ms": {f"p{q}": float(np.percentile(delays, q)) for q in (50, 99)} if len(delays) else None,
         "failure": consumer.failure,
+        "pid": os.getpid(),
     }
 
 

@@ -7,6 +7,7 @@ nor gives one twice. Another broker is another class with these methods.
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -84,7 +85,9 @@ class RedisStreams:
         self.place = _without_password(url)
         """The URL, as it may be shown."""
         try:
-            self._redis = redis.Redis.from_url(url, socket_connect_timeout=5, health_check_interval=30)
+            self._redis = redis.Redis.from_url(
+                url, socket_connect_timeout=5, socket_timeout=10, health_check_interval=30
+            )
             self._redis.ping()
         except (redis.RedisError, ValueError) as error:
             raise InputError(f"redis {self.place}: cannot be reached ({type(error).__name__})") from error
@@ -135,8 +138,13 @@ class RedisStreams:
 
     def next_action(self, after: str, wait: float) -> tuple[str, bytes] | None:
         """The first action behind an offset; waits for it for so many seconds."""
-        found: Any = self._redis.xread({self.key("actions"): after}, count=1, block=max(1, int(1000 * wait)))
-        return _bodies(found[0][1], b"action")[0] if found else None
+        deadline = time.monotonic() + wait
+        while (left := deadline - time.monotonic()) > 0:
+            block = max(1, int(1000 * min(left, 1)))
+            found: Any = self._redis.xread({self.key("actions"): after}, count=1, block=block)
+            if found:
+                return _bodies(found[0][1], b"action")[0]
+        return None
 
     def actions(self) -> list[tuple[str, bytes]]:
         """All actions that are kept, in order."""
