@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from fastapi.testclient import TestClient
 from fleetcast.control.cluster import ClusterOptions, generate
 from fleetcast.control.deployment.api import application
@@ -13,7 +14,7 @@ from fleetcast.control.deployment.decider import Decider
 from fleetcast.control.deployment.messages import Description, Entry
 from fleetcast.control.deployment.options import DeployOptions
 from ray.serve.schema import ServeDeploySchema
-from resources import ScaledObject, load
+from resources import DEPLOY, ScaledObject, TriggerAuthentication, load
 
 
 class Quiet:
@@ -32,6 +33,12 @@ class Quiet:
         return False
 
 
+def scaled() -> ScaledObject:
+    authentication, found = yaml.safe_load_all((DEPLOY / "control" / "scaledobject.yaml").read_text())
+    TriggerAuthentication.model_validate(authentication)
+    return ScaledObject.model_validate(found)
+
+
 @pytest.fixture
 def options() -> DeployOptions:
     (found,) = ServeDeploySchema.model_validate(load("deploy/control/serve.yaml")).applications
@@ -45,7 +52,7 @@ def test_the_server_begins_by_watching(options):
 
 
 def test_keda_reads_a_number_where_the_server_has_it(options):
-    spec = ScaledObject.model_validate(load("deploy/control/scaledobject.yaml")).spec
+    spec = scaled().spec
     (trigger,) = (one for one in spec.triggers if one.type == "metrics-api")
     path = urlsplit(trigger.metadata.url).path
     about = Description.of(generate(ClusterOptions(services=4, classes=1)))
@@ -62,6 +69,6 @@ def test_keda_reads_a_number_where_the_server_has_it(options):
 
 
 def test_without_an_answer_keda_does_not_scale_in():
-    spec = ScaledObject.model_validate(load("deploy/control/scaledobject.yaml")).spec
+    spec = scaled().spec
     assert spec.fallback.behavior == "currentReplicasIfHigher"
     assert {one.type for one in spec.triggers} == {"metrics-api", "cpu"}, "CPU scales out beside it"

@@ -60,12 +60,12 @@ def application(service: Service) -> FastAPI:
     routes.add_routes(api, service)
     prometheus_routes.add_routes(api, service)
     _page_routes(api)
-    api.add_middleware(_Guard, most=int(service.options.max_body_mb * 1e6), token=service.options.token())
+    api.add_middleware(Guard, most=int(service.options.max_body_mb * 1e6), token=service.options.token())
     return api
 
 
-class _Guard:
-    """Before anything is read: the token, and the size of the body."""
+class Guard:
+    """Before anything is read: the token, if there is one, and the size of the body."""
 
     def __init__(self, app: ASGIApp, most: int, token: bytes) -> None:
         self.app, self.most, self.token = app, most, token

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import time
 from typing import Annotated, Any
 
@@ -25,9 +24,13 @@ from fleetcast.control.deployment.consumer import Consumer
 from fleetcast.control.deployment.manifests import route
 from fleetcast.control.deployment.messages import Entry, ServiceAction
 from fleetcast.control.deployment.options import DeployOptions
+from fleetcast.serving.api import Guard
 from fleetcast.serving.service import problem, reply
 
 log = logging.getLogger("fleetcast")
+
+#: Of a request's body [bytes].
+_LARGEST = 10_000
 
 
 class Turn(Options):
@@ -112,15 +115,11 @@ def application(consumer: Consumer, options: DeployOptions) -> FastAPI:
         return reply({"apiVersion": "v1", "kind": "List", "items": found})
 
     @api.post("/v1/control/kill")
-    def kill(turn: Turn, authorization: Annotated[str, Header()] = "") -> Response:
+    def kill(turn: Turn) -> Response:
         """Turns the kill switch; it stays where it is through restarts."""
         if not token:
             raise HTTPException(
-                403, f"no token is set in {options.token_variable}: the switch is turned there"
-            )
-        if not secrets.compare_digest(authorization.encode(), b"Bearer " + token):
-            raise HTTPException(
-                401, "expected Authorization: Bearer and the token", {"WWW-Authenticate": "Bearer"}
+                403, f"{options.token_variable} is not set: nobody may turn the switch over HTTP"
             )
         broker.kill(turn.on)
         log.warning("control: the kill switch is turned %s", "on" if turn.on else "off")
@@ -150,6 +149,7 @@ def application(consumer: Consumer, options: DeployOptions) -> FastAPI:
             503, f"the stream cannot be reached: {type(error).__name__}", None, {"Retry-After": "10"}
         )
 
+    api.add_middleware(Guard, most=_LARGEST, token=token)
     return api
 
 

@@ -39,8 +39,8 @@ class DeployOptions(Options):
     stale: float = Field(120, gt=0)
     """Without telemetry for so long [s], KEDA and the router get no answer, and fall back to their own."""
     token_variable: str | None = "FLEETCAST_CONTROL_TOKEN"
-    """Environment variable that holds the bearer token which turns the kill switch; without one nobody may
-    turn it over HTTP."""
+    """Environment variable that holds a bearer token; if it is set, every request but health checks needs
+    `Authorization: Bearer …`. Without one nobody may turn the kill switch over HTTP."""
     port: int = Field(80, ge=1, le=65535)
     """Of the services' backends, in routes."""
     gateway: str = "gateway"
@@ -69,5 +69,5 @@ class DeployOptions(Options):
         return Description.model_validate(found)
 
     def token(self) -> bytes:
-        """The token of the kill switch; empty if there is none."""
+        """The token; empty if there is none."""
         return os.environ.get(self.token_variable or "", "").encode()

@@ -38,7 +38,9 @@ def served(
         if messages:
             consumer.step(0.01)
         given = DeployOptions(store="", decide=decide, clock=clock, **options)
-        return TestClient(application(consumer, given), raise_server_exceptions=False), consumer
+        client = TestClient(application(consumer, given), raise_server_exceptions=False)
+        client.headers["Authorization"] = "Bearer secret"
+        return client, consumer
 
     return make
 
@@ -90,24 +92,31 @@ def test_before_the_first_telemetry_there_is_nothing(served) -> None:
     assert client.get("/v1/control/status").json()["actions"] == 0
 
 
-def test_the_kill_switch_needs_the_token(served, broker) -> None:
+def test_everything_but_health_needs_the_token(served, broker) -> None:
     client, _ = served("act")
-    for header in ({}, {"Authorization": "Bearer wrong"}):
-        assert client.post("/v1/control/kill", json={"on": True}, headers=header).status_code == 401
+    for wrong in ("", "Bearer wrong"):
+        client.headers["Authorization"] = wrong
+        for path in ("v1/control/actions", "v1/control/routes", "metrics"):
+            assert client.get(f"/{path}").status_code == 401, path
+        assert client.post("/v1/control/kill", json={"on": True}).status_code == 401
+        assert client.get("/healthz").status_code == 200
     assert not broker.killed()
-    right = {"Authorization": "Bearer secret"}
-    assert client.post("/v1/control/kill", json={"on": True}, headers=right).json() == {"killed": True}
+
+
+def test_the_kill_switch_is_turned_on_and_off(served, broker) -> None:
+    client, _ = served("act")
+    assert client.post("/v1/control/kill", json={"on": True}).json() == {"killed": True}
     assert broker.killed()
     assert client.get("/v1/control/status").json()["killed"] is True
-    assert client.post("/v1/control/kill", json={"on": "x"}, headers=right).json()["field"] == "on"
-    client.post("/v1/control/kill", json={"on": False}, headers=right)
+    assert client.post("/v1/control/kill", json={"on": "x"}).json()["field"] == "on"
+    client.post("/v1/control/kill", json={"on": False})
     assert not broker.killed()
 
 
 def test_without_a_token_nobody_turns_it(served, broker, monkeypatch) -> None:
     monkeypatch.delenv(TOKEN)
     client, _ = served("act")
-    answer = client.post("/v1/control/kill", json={"on": True}, headers={"Authorization": "Bearer "})
+    answer = client.post("/v1/control/kill", json={"on": True})
     assert answer.status_code == 403
     assert not broker.killed()
 
