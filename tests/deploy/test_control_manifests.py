@@ -5,7 +5,6 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 import pytest
-import yaml
 from fastapi.testclient import TestClient
 from fleetcast.control.cluster import ClusterOptions, generate
 from fleetcast.control.deployment.api import application
@@ -14,7 +13,7 @@ from fleetcast.control.deployment.decider import Decider
 from fleetcast.control.deployment.messages import Description, Entry
 from fleetcast.control.deployment.options import DeployOptions
 from ray.serve.schema import ServeDeploySchema
-from resources import DEPLOY, ScaledObject, TriggerAuthentication, load
+from resources import ScaledObject, TriggerAuthentication, load
 
 
 class Quiet:
@@ -34,9 +33,8 @@ class Quiet:
 
 
 def scaled() -> ScaledObject:
-    authentication, found = yaml.safe_load_all((DEPLOY / "control" / "scaledobject.yaml").read_text())
-    TriggerAuthentication.model_validate(authentication)
-    return ScaledObject.model_validate(found)
+    TriggerAuthentication.model_validate(load("deploy/control/authentication.yaml"))
+    return ScaledObject.model_validate(load("deploy/control/scaledobject.yaml"))
 
 
 @pytest.fixture
