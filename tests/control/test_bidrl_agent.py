@@ -11,7 +11,7 @@ from fleetcast.control.bidrl.model import Agent, AgentOptions
 from fleetcast.control.bidrl.policy import BidrlPolicy
 from fleetcast.control.cluster import ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
-from fleetcast.control.features import Scales
+from fleetcast.control.features import Scales, features
 from fleetcast.control.interface import run, total
 from fleetcast.errors import InputError
 from fleetcast.store import Store
@@ -51,7 +51,7 @@ def test_encode_then_decide_is_act() -> None:
     for _ in range(5):
         seen = engine.observe()
         action = whole.act(seen)
-        other = apart.decide(apart.encode(apart.see(seen)), seen.wanted)
+        other = apart.decide(apart.encode(apart.see(seen)))
         assert torch.equal(action.replicas, other.replicas)
         assert action.routing is not None and other.routing is not None
         assert torch.equal(action.routing, other.routing)
@@ -73,7 +73,7 @@ def test_masked_changes_are_never_taken() -> None:
 def test_another_order_of_services_gives_the_same_decisions_in_that_order() -> None:
     agent = _policy().agent
     generator = torch.Generator().manual_seed(1)
-    telemetry, requests = torch.rand(2, 8, 5, 26, generator=generator), torch.rand(2, 8, 2, 3)
+    telemetry, requests = torch.rand(2, 8, 5, features(3), generator=generator), torch.rand(2, 8, 2, 3)
     mask, order = torch.ones(2, 5, 7).bool(), torch.tensor([3, 0, 4, 1, 2])
     plain = agent.decide(agent.encode(telemetry, requests), mask)
     other = agent.decide(agent.encode(telemetry[:, :, order], requests), mask)

@@ -45,7 +45,7 @@ def test_minutes_under_provisioned_and_idle_core_hours_by_hand(tmp_path: Path) -
     assert rows["q50", 1]["missing_core_hours"] == 2 * 2 * per_day
     assert rows["q50", 2]["missing_core_hours"] == 2 * 1 * per_day, "the second hour has the third's 2"
     assert rows["q90", 2]["under_minutes"] == 0
-    assert found.figure().startswith(b"\x89PNG")
+    assert found.pictures()["what-if"].startswith(b"\x89PNG")
 
 
 def test_more_traffic_than_was_forecast_is_missing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from fleetcast.control.engine import FluidEngine
 from fleetcast.control.events import EventEngine
 from fleetcast.control.features import LARGEST, REQUEST_FEATURES, Scales, Window, features
 from fleetcast.control.interface import Action, Outcome
+from fleetcast.control.policies.kubernetes import KubernetesOptions
 from fleetcast.control.traffic import Traffic, TrafficOptions
 from fleetcast.errors import InputError
 
@@ -40,6 +41,8 @@ class EnvironmentOptions(Options):
     """T: measurements that are seen at once."""
     changes: tuple[int, ...] = Field((-4, -2, -1, 0, 1, 2, 4), min_length=1)
     """Changes of a service's replicas to choose from."""
+    rule: KubernetesOptions | None = None
+    """A rule whose replicas are changed; those that are wanted now without one."""
     routing: bool = True
     """Whether weights of the classes of nodes are chosen too."""
     restarts: bool = True
@@ -84,7 +87,7 @@ class Environments:
         self.cluster, self.options, self.environments = cluster, options, environments
         self._pool, self._device = rates, torch.device(device)
         self._changes = torch.tensor(options.changes, device=self._device)
-        self._window = Window(Scales.of(cluster), options.window, options.changes, self._device)
+        self._window = Window(Scales.of(cluster), options.window, options.changes, options.rule, self._device)
         self._longest = float(cluster.share @ cluster.deadline)
         self._cores = float(cluster.max_replicas @ cluster.cores)
         self.edges = torch.as_tensor(np.stack((cluster.caller, cluster.callee)), device=self._device)
@@ -127,7 +130,7 @@ class Environments:
         says which services restart a replica. Returns what is seen, the reward [E], whether the episode is
         over, and what came of the interval.
         """
-        replicas = self._last.wanted + self._changes[change]
+        replicas = self._window.base + self._changes[change]
         outcome = self.engine.step(
             Action(
                 replicas,
@@ -153,11 +156,11 @@ class Environments:
 
     def mask(self) -> Tensor:
         """[E, S, C]. Which changes keep within the least and the most replicas."""
-        return self._window.mask(self._last.wanted)
+        return self._window.mask()
 
     def _see(self) -> dict[str, Tensor]:
-        self._last = self.engine.observe()
-        return self._window.push(self._last)
+        self.seen = self.engine.observe()
+        return self._window.push(self.seen)
 
 
 class ClusterEnv(gymnasium.Env[Any, Any]):
@@ -184,7 +187,7 @@ class ClusterEnv(gymnasium.Env[Any, Any]):
             "requests": (options.window, len(made.entry), len(REQUEST_FEATURES)),
         }
         self.observation_space = spaces.Dict(
-            {name: spaces.Box(0, LARGEST, shape, np.float32) for name, shape in shapes.items()}
+            {name: spaces.Box(-LARGEST, LARGEST, shape, np.float32) for name, shape in shapes.items()}
             | {"mask": spaces.MultiBinary((services, len(options.changes)))}
         )
         self.action_space = spaces.Dict(

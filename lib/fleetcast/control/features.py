@@ -19,11 +19,12 @@ from torch import Tensor
 from fleetcast.config import Options
 from fleetcast.control.cluster import Cluster
 from fleetcast.control.interface import Observation
+from fleetcast.control.policies.kubernetes import KubernetesOptions, KubernetesPolicy
 
 #: Of a service in `telemetry`, before the three of each class of nodes (ready, cpu, latency).
 FEATURES = (
     "known", "rate", "latency_p50", "latency_p95", "cpu", "memory", "queue", "errors", "wanted", "ready",
-    "starting", "pending", "load", "needed", "replicas", "weight", "cost",
+    "starting", "pending", "load", "needed", "replicas", "asked", "gap", "weight", "cost",
 )  # fmt: skip
 #: Of a class of requests in `requests`.
 REQUEST_FEATURES = ("offered", "request_p95", "missed")
@@ -81,9 +82,16 @@ class Window:
     """The last observations of environments side by side, as an agent sees them; 0 before the first."""
 
     def __init__(
-        self, scales: Scales, length: int, changes: Sequence[int], device: str | torch.device = "cpu"
+        self,
+        scales: Scales,
+        length: int,
+        changes: Sequence[int],
+        rule: KubernetesOptions | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        """`length` T; `changes` [C] of a service's replicas to choose from."""
+        """`length` T; `changes` [C] to choose from, of the replicas that a `rule` asks for, or of those that
+        are wanted now without one."""
+        self._rule = None if rule is None else KubernetesPolicy(rule)
         self.scales, self.length, self._device = scales, length, torch.device(device)
         self._changes = torch.tensor(changes, device=self._device)
 
@@ -103,17 +111,21 @@ class Window:
         services, classes = len(self.scales.rate), len(self.scales.class_rate)
         self._telemetry = torch.zeros(*shape, services, features(self.scales.zones), device=self._device)
         self._requests = torch.zeros(*shape, classes, len(REQUEST_FEATURES), device=self._device)
+        if self._rule is not None:
+            self._rule.begin(self._least, self._most, self._capacity.double())
 
     def push(self, seen: Observation) -> dict[str, Tensor]:
         """`telemetry` [E, T, S, F], `requests` [E, T, K, 3] and `mask` [E, S, C], with what is seen now as
         the last of the T."""
+        self.base = seen.wanted if self._rule is None else self._rule.act(seen).replicas
+        """[E, S]. Replicas that changes are counted from."""
         services, requests = self.services(seen), self.requests(seen)
         self._telemetry = torch.cat((self._telemetry[:, 1:], services.unsqueeze(1)), 1)
         self._requests = torch.cat((self._requests[:, 1:], requests.unsqueeze(1)), 1)
         return {
             "telemetry": self._telemetry,
             "requests": self._requests,
-            "mask": self.mask(seen.wanted),
+            "mask": self.mask(),
         }
 
     def services(self, seen: Observation) -> Tensor:
@@ -136,6 +148,8 @@ class Window:
                 seen.rate / (self._capacity * seen.wanted.clamp(min=1)),
                 torch.log1p(seen.rate / self._capacity) / 2,
                 torch.log1p(seen.wanted) / 2,
+                torch.log1p(self.base) / 2,
+                (self.base - seen.wanted) / 4,
                 self._weight.expand_as(seen.wanted),
                 self._cost.expand_as(seen.wanted),
             ),
@@ -149,7 +163,7 @@ class Window:
             ),
             2,
         )
-        return torch.cat((by_service, by_zone), 2).nan_to_num(0).clamp(max=LARGEST)
+        return torch.cat((by_service, by_zone), 2).nan_to_num(0).clamp(-LARGEST, LARGEST)
 
     def requests(self, seen: Observation) -> Tensor:
         """[E, K, 3]. As `services`."""
@@ -163,7 +177,7 @@ class Window:
         )
         return requests.nan_to_num(0).clamp(max=LARGEST)
 
-    def mask(self, wanted: Tensor) -> Tensor:
-        """[E, S, C]. Which changes keep within the least and the most replicas, from those wanted [E, S]."""
-        after = wanted.unsqueeze(2) + self._changes
+    def mask(self) -> Tensor:
+        """[E, S, C]. Which changes keep within the least and the most replicas, from those of `base`."""
+        after = self.base.unsqueeze(2) + self._changes
         return (after >= self._least.unsqueeze(1)) & (after <= self._most.unsqueeze(1))

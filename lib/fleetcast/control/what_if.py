@@ -52,8 +52,8 @@ class Replay:
         ]
         return "\n".join([head, "|" + " --- |" * len(self.table.columns), *rows])
 
-    def figure(self) -> bytes:
-        """Minutes under-provisioned against idle core-hours, a line for each lead and factor, as a PNG."""
+    def pictures(self) -> dict[str, bytes]:
+        """Minutes under-provisioned against idle core-hours, a line for each lead and factor."""
         figure, (axes,) = plots.subplots("Under-provisioned, minutes per entity and day", width=6, height=3.6)
         for (lead, factor), part in self.table.group_by("lead", "factor", maintain_order=True):
             axes.plot(
@@ -66,7 +66,7 @@ class Replay:
                 axes.annotate(quantile, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axes.set_xlabel("Idle core-hours per entity and day")
         plots.legend(figure, axes, 2)
-        return plots.png(figure)
+        return {"what-if": plots.png(figure)}
 
 
 def what_if(store: Store, options: WhatIfOptions) -> Replay:

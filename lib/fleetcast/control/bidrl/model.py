@@ -21,9 +21,12 @@ from torch import Tensor, nn
 
 from fleetcast.config import Options
 from fleetcast.control.features import REQUEST_FEATURES, features
+from fleetcast.control.policies.kubernetes import KubernetesOptions
 
 #: Log-odds of a restart, and deviation of the routing's logits, before anything is learned.
-_RESTART, _SPREAD = -5.0, 0.3
+_RESTART, _SPREAD = -6.0, 0.3
+#: The same of the sharpness of the choice among changes, before its softplus: nine in ten are no change.
+_KEEP = 2.6
 #: Bounds of the sharpness of the choice among changes.
 _SHARP = (0.05, 20.0)
 
@@ -39,6 +42,9 @@ class AgentOptions(Options):
     """Z: classes of nodes."""
     changes: tuple[int, ...] = Field((-4, -2, -1, 0, 1, 2, 4), min_length=1)
     """C changes of a service's replicas to choose from."""
+    rule: KubernetesOptions | None = None
+    """The rule whose replicas are changed: an agent that has learned nothing does as it does. Without one,
+    the replicas that are wanted now."""
     latent: int = Field(32, ge=1)
     """D."""
     hidden: int = Field(64, ge=1)
@@ -138,6 +144,8 @@ class Agent(nn.Module):
             nn.init.orthogonal_(head.weight, 0.01)
             nn.init.zeros_(head.bias)
         nn.init.constant_(self.restart.bias, _RESTART)
+        with torch.no_grad():
+            self.change.bias[1] = _KEEP
 
     def encode(self, telemetry: Tensor, requests: Tensor) -> Tensor:
         """[E, T, S, F] and [E, T, K, 3] → z [E, S, D], each from −1 to 1."""

@@ -45,7 +45,7 @@ class BidrlPolicy:
     def begin(self, environments: int = 1) -> None:
         """A new episode begins, by the scales that there are."""
         options = self.agent.options
-        self._window = Window(self.scales, options.window, options.changes)
+        self._window = Window(self.scales, options.window, options.changes, options.rule)
         self._window.reset(environments)
 
     def see(self, observation: Observation) -> dict[str, Tensor]:
@@ -58,14 +58,14 @@ class BidrlPolicy:
         return self.agent.encode(seen["telemetry"], seen["requests"])
 
     @torch.no_grad()
-    def decide(self, z: Tensor, wanted: Tensor) -> Action:
-        """The best action, from latent states and the replicas that are wanted now [E, S]."""
-        choice = self.agent.decide(z, self._window.mask(wanted)).best()
-        return Action(wanted + self._changes[choice.change], choice.weights, choice.restart)
+    def decide(self, z: Tensor) -> Action:
+        """The best action from latent states, for what was seen last."""
+        choice = self.agent.decide(z, self._window.mask()).best()
+        return Action(self._window.base + self._changes[choice.change], choice.weights, choice.restart)
 
     def act(self, observation: Observation) -> Action:
         """Replicas, routing and restarts."""
-        return self.decide(self.encode(self.see(observation)), observation.wanted)
+        return self.decide(self.encode(self.see(observation)))
 
     def save(self, store: Store, version: str, about: dict[str, Any] | None = None) -> None:
         """Writes `models/bidrl/<version>/`, whole or not at all; `about` goes into its manifest."""

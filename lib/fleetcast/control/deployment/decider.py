@@ -162,7 +162,7 @@ class Decider:
             return None, KILLED
         if self.latent is None or seen.time - self.latent.time > self.options.latent_age:
             return None, STALE
-        return self.policy.decide(self.latent.z, seen.wanted), None
+        return self.policy.decide(self.latent.z), None
 
     def _entry(
         self,

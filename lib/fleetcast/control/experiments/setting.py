@@ -1,0 +1,310 @@
+"""What the experiments share: a cluster, traffic to train on and traffic that nobody has seen, calibrated
+rules and trained agents.
+
+    setting = Setting(options, store)
+    setting.make(["H-Auto, calibrated", "bidrl"])   # what is not in the store yet, side by side
+    policy, truth = setting.policy("bidrl")         # for all seeds' environments
+
+What takes minutes is kept in the store under a digest of all that it depends on, so that an experiment that
+was stopped goes on, and another one finds what it needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fleetcast.config import Options
+from fleetcast.control import traffic
+from fleetcast.control.bidrl.model import AgentOptions
+from fleetcast.control.bidrl.policy import BidrlPolicy
+from fleetcast.control.bidrl.train import TrainOptions, train
+from fleetcast.control.cluster import Cluster, ClusterOptions, generate
+from fleetcast.control.engine import FluidEngine
+from fleetcast.control.features import Scales
+from fleetcast.control.interface import Action, Observation, Policy
+from fleetcast.control.measures import figures, judge
+from fleetcast.control.policies import translb
+from fleetcast.control.policies.calibrate import (
+    CalibrateOptions,
+    calibrate,
+    draw_forecast,
+    draw_kubernetes,
+)
+from fleetcast.control.policies.forecast_driven import (
+    Clairvoyant,
+    Forecast,
+    ForecastOptions,
+    ForecastPolicy,
+    LastValue,
+    LstmForecast,
+    LstmOptions,
+    SameTimeYesterday,
+)
+from fleetcast.control.policies.kubernetes import KubernetesOptions, KubernetesPolicy
+from fleetcast.control.policies.translb import TranslbOptions, TranslbPolicy
+from fleetcast.control.traffic import HOUR, Traffic, TrafficOptions
+from fleetcast.errors import InputError
+from fleetcast.runtime import spread
+from fleetcast.store import Store, fingerprint
+
+log = logging.getLogger("fleetcast")
+
+#: Rules that are calibrated, each with the same budget.
+DEFAULT, RULE, TRANSLB = "H-Auto, default", "H-Auto, calibrated", "TransLB"
+LAST, YESTERDAY, LSTM, CLAIRVOYANT = "last value", "same time yesterday", "LSTM-Auto", "clairvoyant bound"
+CALIBRATED = (RULE, LAST, YESTERDAY, LSTM, CLAIRVOYANT)
+#: Agents, with as much experience as the rules' calibration: with a representation of the window, without it,
+#: and without the term for it.
+BIDRL, RL_SCHED, ROUGH = "bidrl", "RL-Sched", "bidrl without smoothness"
+AGENTS = (BIDRL, RL_SCHED, ROUGH)
+
+
+class ExperimentOptions(Options):
+    """The setting of all experiments."""
+
+    cluster: ClusterOptions = ClusterOptions()
+    training: TrafficOptions = TrafficOptions(hours=2, period=1)
+    """A day is an hour here, so that there is a yesterday."""
+    held_out: TrafficOptions = TrafficOptions(hours=3, period=1, seed=1000)
+    seeds: int = Field(5, ge=2)
+    """Agents of each kind, and stretches of held-out traffic, each with all of its patterns."""
+    decisions: int = Field(100_000, ge=1)
+    """Of the simulated cluster: what the calibration of a rule costs, and the training of an agent."""
+    variety: int = Field(12, ge=1)
+    """Training traffic of so many environments; all patterns in turn."""
+    agent: AgentOptions = AgentOptions()
+    """Its rule is the calibrated one."""
+    train: TrainOptions = TrainOptions()
+    """Its seed and decisions are those of the experiment."""
+    lstm: LstmOptions = LstmOptions()
+    translb: TranslbOptions = TranslbOptions()
+    step: float = Field(5, gt=0)
+    """Of the simulator [s]."""
+
+
+class Several:
+    """A policy for each stretch of environments."""
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        self._policies = policies
+
+    def reset(self, cluster: Cluster, environments: int) -> None:
+        """A new episode begins."""
+        self._each = environments // len(self._policies)
+        for one in self._policies:
+            one.reset(cluster, self._each)
+
+    def act(self, observation: Observation) -> Action:
+        """All of them, side by side."""
+        parts = [
+            one.act(_rows(observation, slice(n * self._each, (n + 1) * self._each)))
+            for n, one in enumerate(self._policies)
+        ]
+
+        def together(values: list[Tensor | None]) -> Tensor | None:
+            known = [one for one in values if one is not None]
+            return torch.cat(known) if known else None
+
+        replicas = together([one.replicas for one in parts])
+        assert replicas is not None
+        return Action(replicas, together([p.routing for p in parts]), together([p.restart for p in parts]))
+
+
+def _rows(seen: Observation, rows: slice) -> Observation:
+    """Some environments of an observation."""
+    parts: dict[str, Any] = {k: v[rows] if isinstance(v, Tensor) else v for k, v in vars(seen).items()}
+    return Observation(**parts)
+
+
+@dataclass
+class Setting:
+    """One setting, and what has been made for it."""
+
+    options: ExperimentOptions
+    store: Store
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """The cluster."""
+        return generate(self.options.cluster)
+
+    @cached_property
+    def training(self) -> Traffic:
+        """What rules are calibrated and agents trained on."""
+        return traffic.generate(self.options.training, self.cluster, self.options.variety)
+
+    @cached_property
+    def held_out(self) -> Traffic:
+        """What all are judged on: seed after seed, each with every pattern."""
+        count = self.options.seeds * len(self.options.held_out.patterns)
+        return traffic.generate(self.options.held_out, self.cluster, count)
+
+    # -- what takes minutes ----------------------------------------------------------------------------------
+
+    def make(self, names: Sequence[str]) -> None:
+        """Calibrates rules and trains agents that are not in the store yet, as Ray tasks side by side."""
+        unknown = set(names) - {*CALIBRATED, *AGENTS, DEFAULT, TRANSLB}
+        if unknown:
+            raise InputError(f"policies {', '.join(sorted(unknown))}: not known")
+        agents = [one for one in AGENTS if one in names]
+        rules = [one for one in CALIBRATED if one in names or (one == RULE and (agents or TRANSLB in names))]
+        self._spread([{"rule": one} for one in rules if not self.store.exists(self._place(one))])
+        wanted = [(one, seed) for seed in range(self.options.seeds) for one in agents]
+        missing = [pair for pair in wanted if not self.store.exists(self._version(*pair))]
+        self._spread([{"agent": one, "seed": seed} for one, seed in missing])
+
+    def _spread(self, items: list[dict[str, Any]]) -> None:
+        def work(item: dict[str, Any]) -> dict[str, Any]:
+            torch.set_num_threads(1)
+            if "rule" in item:
+                self.calibrated(item["rule"])
+            else:
+                self.agent(item["agent"], item["seed"])
+            return {"rows": self.options.decisions}
+
+        spread(items, work, "control: rules and agents", "decisions")
+
+    def calibrated(self, name: str) -> Any:
+        """A rule's options, the best of as many decisions on training traffic as an agent gets."""
+        place = self._place(name)
+        kind = KubernetesOptions if name == RULE else ForecastOptions
+        known = self.store.read_json(place)
+        if known is None:
+            objective = self.options.train.environment.model_copy(update={"step": self.options.step})
+            told = CalibrateOptions(decisions=self.options.decisions, objective=objective)
+            if name == RULE:
+                found: Any = calibrate(
+                    KubernetesPolicy, draw_kubernetes, KubernetesOptions(), self.cluster, self.training, told
+                )
+            else:
+                forecast = self._forecast(name)
+                found = calibrate(
+                    lambda one: ForecastPolicy(forecast(), one),
+                    draw_forecast,
+                    ForecastOptions(),
+                    self.cluster,
+                    self.training,
+                    told,
+                    truth=forecast().truth,
+                )
+            known = found.best.model_dump(mode="json")
+            self.store.write_json(place, known)
+        return kind.model_validate(known)
+
+    def agent(self, name: str, seed: int, training: Traffic | None = None, label: str = "") -> BidrlPolicy:
+        """A trained agent, on the training traffic or another one, which `label` then tells apart."""
+        told, made = self._told(name, seed)
+        version = self._version(name, seed, label).rsplit("/", 1)[1]
+        if not self.store.exists(f"models/bidrl/{version}"):
+            work = f"_work/bidrl/{version}"
+            rates = self.training if training is None else training
+            found = train(told, made, self.cluster, rates, self.store, work)
+            about = {"name": name, "traffic": label or "training", "options": told.model_dump(mode="json")}
+            BidrlPolicy(found, Scales.of(self.cluster)).save(self.store, version, about)
+            self.store.remove(work)
+        return BidrlPolicy.load(self.store, version)
+
+    def _told(self, name: str, seed: int) -> tuple[TrainOptions, AgentOptions]:
+        """How an agent is trained and built."""
+        told = self.options.train.model_copy(
+            update={
+                "seed": seed,
+                "decisions": self.options.decisions,
+                "environment": self.options.train.environment.model_copy(update={"step": self.options.step}),
+                **({} if name == BIDRL else {"smoothness": 0.0}),
+            }
+        )
+        made = self.options.agent.model_copy(
+            update={"rule": self.calibrated(RULE), **({"encoder": "last"} if name == RL_SCHED else {})}
+        )
+        return told, made
+
+    def _place(self, name: str) -> str:
+        """Where a rule's options are kept."""
+        o = self.options
+        parts = [name, o.cluster, o.training, o.variety, o.decisions, o.train.environment, o.step]
+        return f"control/rules/{_digest([*parts, o.lstm] if name == LSTM else parts)}.json"
+
+    def _version(self, name: str, seed: int, label: str = "") -> str:
+        """Where an agent is kept."""
+        told, made = self._told(name, seed)
+        o = self.options
+        return f"models/bidrl/{_digest([told, made, o.cluster, o.training, o.variety, label])}"
+
+    # -- policies --------------------------------------------------------------------------------------------
+
+    def policy(self, name: str) -> tuple[Policy, bool]:
+        """A policy for all seeds' environments, and whether it may see the truth."""
+        if name == DEFAULT:
+            return KubernetesPolicy(), False
+        if name == RULE:
+            return KubernetesPolicy(self.calibrated(RULE)), False
+        if name == TRANSLB:
+            rule = self.calibrated(RULE)
+            balancer = translb.train(
+                self.options.translb, KubernetesPolicy(rule), self.training, self.cluster
+            )
+            return TranslbPolicy(balancer, KubernetesPolicy(rule)), False
+        if name in AGENTS:
+            return Several([self.agent(name, seed) for seed in range(self.options.seeds)]), False
+        forecast = self._forecast(name)()
+        return ForecastPolicy(forecast, self.calibrated(name)), forecast.truth
+
+    def _forecast(self, name: str) -> Callable[[], Forecast]:
+        if name == LSTM:
+            lstm = self._lstm
+            return lambda: lstm
+        period = self.options.held_out.period * HOUR
+        made: dict[str, Callable[[], Forecast]] = {
+            LAST: LastValue,
+            YESTERDAY: lambda: SameTimeYesterday(period),
+            CLAIRVOYANT: Clairvoyant,
+        }
+        return made[name]
+
+    @cached_property
+    def _lstm(self) -> LstmForecast:
+        return LstmForecast(self.options.lstm, self.training, self.cluster)
+
+    def judged(self, policy: Policy, truth: bool = False) -> dict[str, NDArray[np.float64]]:
+        """Figure → [seeds] on held-out traffic, each the mean over its patterns."""
+        engine = FluidEngine(
+            self.cluster, self.held_out, step=self.options.step, seed=self.options.held_out.seed
+        )
+        interval = self.cluster.measure.interval
+        intervals = int(self.held_out.rates.shape[1] * self.held_out.step / interval)
+        outcome, provision = judge(engine, policy, intervals, truth=truth)
+        return {
+            name: torch.nanmean(value.double().view(self.options.seeds, -1), 1).numpy()
+            for name, value in figures(outcome, provision, interval).items()
+        }
+
+
+class Found(Protocol):
+    """What an experiment comes to."""
+
+    def markdown(self) -> str:
+        """Tables and sentences."""
+
+    def pictures(self) -> dict[str, bytes]:
+        """Name → PNG."""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+
+
+def _digest(parts: list[Any]) -> str:
+    return fingerprint([one.model_dump(mode="json") if isinstance(one, Options) else one for one in parts])
