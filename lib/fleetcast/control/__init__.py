@@ -8,5 +8,12 @@ measuring    what an autoscaler sees, the same in both engines
 events       the event-driven engine: every request
 engine       the vectorised engine: many environments (stations: a replica's law; paths: the call graph)
 interface    what policies see and do, and what comes of it
+features     what an agent sees, in training and live
 environment  the cluster for reinforcement learning
+measures     what a run is judged by
+policies     rules that scale, and their calibration
+bidrl        the learned agent
+experiments  those of the paper, from one command each
+deployment   decisions in a running cluster: a stream, HTTP, three modes
+what_if      published forecasts against what came
 """

@@ -34,6 +34,8 @@ from fleetcast.store import Store
 
 #: Reasons for which the reactive rule decides alone.
 KILLED, STALE = "the kill switch is on", "latent states are too old"
+#: Strangers that are told apart.
+_STRANGERS = 1000
 #: Why a message is not used.
 REPEATED = "not newer than the last one"
 
@@ -131,7 +133,8 @@ class Decider:
         except ValueError as error:
             return str(error)
         self._last = scrape.time
-        self.strangers.update(strangers)
+        if len(self.strangers) < _STRANGERS:
+            self.strangers.update(strangers)
         read = time.perf_counter()
         self._encode(seen)
         reactive = self._rule.act(seen).replicas
