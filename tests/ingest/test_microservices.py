@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -318,3 +319,15 @@ def test_a_renamed_instance_is_one_series_under_its_newer_name(night):
 def test_only_containers_are_renamed(night):
     with pytest.raises(InputError, match=r"--renamed 600: expected --level container, not service"):
         shard(night[0], ShardOptions(level="service", metrics=("cpu",), renamed="10min"))
+
+
+def test_a_file_with_its_header_alone_says_that_nothing_happened(tmp_path, raw, trace):
+    """As of three minutes without a call."""
+    folder = tmp_path / "raw"
+    shutil.copytree(raw, folder)
+    log = RawCounts(raw, trace).columns.log
+    first = sorted(folder.glob(f"{log}_*.csv"))[0]
+    header = first.read_text().split("\n", 1)[0]
+    (folder / f"{log}_900.csv").write_text(header + "\n")
+    figures = ingest(Store(str(tmp_path / "store")), str(folder), options(trace))
+    assert figures["rows_read"] == RawCounts(raw, trace).rows()

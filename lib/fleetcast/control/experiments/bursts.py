@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
 from fleetcast import plots
@@ -71,6 +72,7 @@ class Bursts:
             color = plots.PALETTE[place % len(plots.PALETTE)]
             axes.plot(minutes, latency[0, 0], label=name, color=color, linewidth=1)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         for one in (top, axes):
             one.set_xlabel("minutes")
         plots.legend(figure, axes, 3)

@@ -111,7 +111,7 @@ class Comparison:
         points = sorted(self._costs(name) for name in self.front())
         axes.plot(*zip(*points, strict=True), color=plots.QUIET, linestyle=":", label="front", zorder=0)
         axes.set_xlabel("CPU allocated, core-hours per pattern")
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
         plots.legend(figure, axes, 3)
         return plots.png(figure)
 
