@@ -11,6 +11,7 @@ import torch
 from fleetcast.control import traffic
 from fleetcast.control.cluster import Cluster, ClusterOptions, chain, generate
 from fleetcast.control.engine import FluidEngine
+from fleetcast.control.interface import Action
 from fleetcast.control.measures import figures, judge, over_seeds
 from fleetcast.control.policies.capacity import CapacityCurve
 from fleetcast.control.policies.forecast_driven import (
@@ -20,6 +21,7 @@ from fleetcast.control.policies.forecast_driven import (
     LastValue,
     LstmForecast,
     LstmOptions,
+    PublishedQuantile,
     SameTimeYesterday,
     Schedule,
 )
@@ -115,3 +117,30 @@ def test_intervals_are_students_and_leave_out_what_was_not_counted() -> None:
     interval = over_seeds([1, 2, 3, 4, 5, np.nan])
     assert (interval.mean, interval.width) == pytest.approx((3, 1.963), abs=1e-3)
     assert over_seeds([7]).width == np.inf
+
+
+def test_a_published_quantile_is_above_what_comes_as_often_as_it_says() -> None:
+    cluster = generate(ClusterOptions(services=6, classes=1))
+    options = traffic.TrafficOptions(patterns=("sine",), hours=1.5, period=0.5)
+    training, later = (
+        traffic.generate(options.model_copy(update={"seed": seed}), cluster, 3) for seed in (0, 100)
+    )
+    forecast = PublishedQuantile(0.5 * 3600, 0.9, training, cluster)
+    engine = FluidEngine(cluster, later, step=15, seed=1)
+    forecast.reset(cluster, 3)
+    told, came = [], []
+    for _ in range(300):
+        seen = engine.observe(truth=True)
+        assert seen.truth is not None
+        told.append(forecast.highest(seen, 1))
+        came.append(seen.truth.ahead[:, 0])
+        engine.step(Action(seen.wanted))
+    above = torch.stack(told)[150:] >= torch.stack(came)[150:]
+    assert float(above.float().mean()) == pytest.approx(0.9, abs=0.05)
+
+
+def test_a_period_as_long_as_the_traffic_is_refused() -> None:
+    cluster = generate(ClusterOptions(services=4, classes=1))
+    rates = traffic.generate(traffic.TrafficOptions(hours=1), cluster, 1)
+    with pytest.raises(InputError, match=r"traffic of 240 intervals, expected more than the period of 240"):
+        PublishedQuantile(3600, 0.9, rates, cluster)

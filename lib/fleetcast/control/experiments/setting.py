@@ -48,6 +48,7 @@ from fleetcast.control.policies.forecast_driven import (
     LastValue,
     LstmForecast,
     LstmOptions,
+    PublishedQuantile,
     SameTimeYesterday,
 )
 from fleetcast.control.policies.kubernetes import KubernetesOptions, KubernetesPolicy
@@ -61,12 +62,17 @@ log = logging.getLogger("fleetcast")
 
 #: Rules that are calibrated, each with the same budget.
 DEFAULT, RULE, TRANSLB = "H-Auto, default", "H-Auto, calibrated", "TransLB"
-LAST, YESTERDAY, LSTM, CLAIRVOYANT = "last value", "same time yesterday", "LSTM-Auto", "clairvoyant bound"
-CALIBRATED = (RULE, LAST, YESTERDAY, LSTM, CLAIRVOYANT)
+LAST, YESTERDAY, PUBLISHED = "last value", "same time yesterday", "published quantile"
+LSTM, CLAIRVOYANT = "LSTM-Auto", "clairvoyant bound"
+CALIBRATED = (RULE, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT)
 #: Agents, with as much experience as the rules' calibration: with a representation of the window, without it,
 #: and without the term for it.
 BIDRL, RL_SCHED, ROUGH = "bidrl", "RL-Sched", "bidrl without smoothness"
 AGENTS = (BIDRL, RL_SCHED, ROUGH)
+
+
+#: What is provisioned of a published forecast.
+_QUANTILE = 0.95
 
 
 class ExperimentOptions(Options):
@@ -268,6 +274,7 @@ class Setting:
         made: dict[str, Callable[[], Forecast]] = {
             LAST: LastValue,
             YESTERDAY: lambda: SameTimeYesterday(period),
+            PUBLISHED: lambda: PublishedQuantile(period, _QUANTILE, self.training, self.cluster),
             CLAIRVOYANT: Clairvoyant,
         }
         return made[name]

@@ -15,6 +15,7 @@ from fleetcast.control.experiments.setting import (
     DEFAULT,
     LAST,
     LSTM,
+    PUBLISHED,
     RL_SCHED,
     RULE,
     TRANSLB,
@@ -25,7 +26,7 @@ from fleetcast.control.experiments.setting import (
 )
 from fleetcast.control.measures import UNITS, over_seeds
 
-ALL = (DEFAULT, RULE, TRANSLB, LAST, YESTERDAY, LSTM, CLAIRVOYANT, RL_SCHED, BIDRL)
+ALL = (DEFAULT, RULE, TRANSLB, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT, RL_SCHED, BIDRL)
 #: What the table shows of all figures.
 SHOWN = (
     "latency_mean", "latency_p99", "missed", "throughput", "efficiency", "replica_hours", "core_hours",
@@ -103,7 +104,7 @@ class Comparison:
                 latency.mean,
                 xerr=cost.width,
                 yerr=latency.width,
-                fmt="os^Dvp*XP"[number % 9],
+                fmt="os^Dvp*XPh"[number % 10],
                 color=plots.PALETTE[number % len(plots.PALETTE)],
                 label=name,
                 linestyle="",

@@ -128,6 +128,32 @@ class SameTimeYesterday:
         return torch.where(ahead.isnan().all(0), torch.nan, ahead.nan_to_num(0).amax(0))
 
 
+class PublishedQuantile:
+    """What a nightly forecast publishes where no model is better: same time yesterday, with the quantile of
+    what came beyond it on training traffic, as the forecasts of a store have it."""
+
+    truth = False
+
+    def __init__(self, period: float, quantile: float, training: Traffic, cluster: Cluster) -> None:
+        """`period` in seconds, as of `SameTimeYesterday`. Raises InputError if training is no longer."""
+        self._yesterday = SameTimeYesterday(period)
+        series, back = _measured(training, cluster, 0), round(period / cluster.measure.interval)
+        if back >= series.shape[1]:
+            raise InputError(
+                f"traffic of {series.shape[1]} intervals, expected more than the period of {back}"
+            )
+        beyond = (series[:, back:] - series[:, :-back]).flatten(0, 1).double()
+        self._beyond = beyond.quantile(quantile, 0).float() * _scale(cluster)
+
+    def reset(self, cluster: Cluster, environments: int) -> None:
+        """A new episode begins."""
+        self._yesterday.reset(cluster, environments)
+
+    def highest(self, observation: Observation, lead: int) -> Tensor:
+        """[E, S]."""
+        return (self._yesterday.highest(observation, lead) + self._beyond).clamp(min=0)
+
+
 class Schedule:
     """Rates known in advance for each time, such as a published forecast's quantile."""
 
