@@ -86,3 +86,21 @@ def test_a_store_without_forecasts_is_named(tmp_path: Path) -> None:
     for wrong in ({"leads": [0]}, {"factors": [-1]}, {"quantiles": []}):
         with pytest.raises(ValidationError, match=next(iter(wrong))):
             WhatIfOptions.model_validate(wrong)
+
+
+@pytest.mark.parametrize(("metric", "came"), [("cpu", [1.5, 3.0]), ("request_rate", [3.0, 3.0])])
+def test_services_are_what_their_containers_did(tmp_path: Path, metric: str, came: list[float]) -> None:
+    """Two containers in the first hour, one in the second: the mean of shares, the sum of rates."""
+    store = Store(str(tmp_path)).open_or_create()
+    times = [START, START + timedelta(hours=1)]
+    forecast = {"entity": ["web"] * 2, "metric": [metric] * 2, "time": times, "q50": came}
+    place = "forecasts/issued=20250101T000000Z"
+    store.write_json(f"{place}/manifest.json", {"step": 3600, "level": "service"})
+    store.write_table(f"{place}/part.parquet", pl.DataFrame(forecast).to_arrow())
+    rows = {"entity": ["a", "b", "a"], "time": [*times[:1] * 2, times[1]], metric: [1.0, 2.0, 3.0]}
+    store.write_table("telemetry/date=2025-01-01/container-00.parquet", pl.DataFrame(rows).to_arrow())
+    described = {"entity": ["a", "b"], "kind": ["container"] * 2, "service": ["web"] * 2}
+    store.write_table("entities/entities.parquet", pl.DataFrame(described).to_arrow())
+    options = WhatIfOptions(metric=metric, quantiles=("q50",), leads=(1,), factors=(1.0,), unit=0.5, least=0)
+    row = what_if(store, options).table.row(0, named=True)
+    assert (row["under_minutes"], row["idle_core_hours"]) == (0, 0), "what came is what was forecast"

@@ -153,7 +153,8 @@ class Interval:
     """Half of the interval; ∞ where one value says nothing of chance."""
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g} ± {self.width:.2g}"
+        # Two digits of the width, but never as a power of ten.
+        return f"{self.mean:.4g} ± {float(f'{self.width:.2g}'):g}"
 
 
 def over_seeds(values: ArrayLike) -> Interval:

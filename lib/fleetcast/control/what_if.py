@@ -8,7 +8,7 @@ is counted step by step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import polars as pl
 from pydantic import Field
@@ -16,6 +16,7 @@ from pydantic import Field
 from fleetcast import plots
 from fleetcast.config import Options
 from fleetcast.errors import InputError
+from fleetcast.schemas import adds_up
 from fleetcast.store import MANIFEST, Store
 
 
@@ -129,11 +130,39 @@ def _with_truth(store: Store, options: WhatIfOptions, step: int) -> pl.DataFrame
     joined = forecasts.clear()
     if known:
         bins = pl.concat(known).group_by("entity", pl.col("time").dt.truncate(f"{step}s"))
-        truth = bins.agg(pl.mean("truth"))
-        joined = forecasts.join(truth, on=["entity", "time"])
+        truth = bins.agg(pl.mean("truth"), bins=pl.len())
+        if _level(store) == "service":
+            truth = _of_services(store, truth, options.metric)
+        joined = forecasts.join(truth.select("entity", "time", "truth"), on=["entity", "time"])
     if not len(joined):
         raise InputError(f"{store.uri}: no telemetry from {first!s} to {last!s}, expected what came of them")
     return joined.sort("entity", "time")
+
+
+def _level(store: Store) -> str | None:
+    """Of what the forecasts are. Raises InputError if they differ."""
+    levels = {store.read_json(name).get("level") for name in store.list("forecasts", MANIFEST)}
+    if len(levels) != 1:
+        raise InputError(f"{store.uri}: forecasts of levels {levels}, expected published ones of one level")
+    found: str | None = levels.pop()
+    return found
+
+
+def _of_services(store: Store, truth: pl.DataFrame, metric: str) -> pl.DataFrame:
+    """What containers did → what their services did, as windows have it: the mean of all bins, of rates the
+    sum over containers."""
+    entities: Any = pl.from_arrow(
+        store.read_table("entities/entities.parquet", ["entity", "kind", "service"])
+    )
+    part_of = (
+        entities.filter(pl.col("kind") == "container")
+        .select(pl.col("entity", "service").cast(pl.String))
+        .drop_nulls()
+    )
+    joined = truth.join(part_of, on="entity")
+    told = pl.col("truth").cast(pl.Float64)
+    of_all = told.sum() if adds_up(metric) else (told * pl.col("bins")).sum() / pl.col("bins").sum()
+    return joined.group_by(entity="service", time="time").agg(truth=of_all)
 
 
 def _row(
