@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from matplotlib.ticker import ScalarFormatter
 from numpy.typing import NDArray
 
 from fleetcast import plots
@@ -48,6 +49,7 @@ class Delay:
         axes.axhline(PAPER, color=plots.QUIET, linestyle=":", label="the paper's bound up to 100")
         axes.set_xlabel("services")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         plots.legend(figure, axes, 3)
         return {"delay": plots.png(figure)}
 
