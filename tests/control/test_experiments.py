@@ -125,6 +125,19 @@ def test_the_other_experiments(name: str, setting: Setting, compared: Comparison
     assert set(found.pictures()) == {name}
 
 
+def test_experience_may_come_from_ray_actors(setting: Setting, compared: Comparison) -> None:
+    """Of as many collectors, it is the experience that one process would collect."""
+    given = setting.options.model_copy(update={"rollouts": 2})
+    Setting(given, setting.store).make([BIDRL])
+    same = given.train.model_copy(update={"collectors": 2})
+    here = Setting(given.model_copy(update={"rollouts": 0, "train": same}), setting.store)
+    assert here._version(BIDRL, 0) == Setting(given, setting.store)._version(BIDRL, 0)
+    there = here.agent(BIDRL, 0).agent.state_dict()
+    setting.store.remove(here._version(BIDRL, 0))
+    again = here.agent(BIDRL, 0).agent.state_dict()
+    assert all(there[name].equal(again[name]) for name in there)
+
+
 def test_a_difference_is_told_with_its_interval() -> None:
     figures = {name: np.array([10.0, 12, 11]) for name in table._TOLD}
     better = {name: values * (1.5 if name in table.MORE else 0.5) for name, values in figures.items()}

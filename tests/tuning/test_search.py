@@ -57,6 +57,7 @@ def test_a_search_takes_the_lowest_validation_loss_and_tests_that_one(tmp_path, 
     assert store.read_json("tuning/default/search.json") == found
 
 
+@pytest.mark.slow
 def test_the_tries_of_a_search_may_be_ddp_runs(tmp_path, ray_cluster):
     store = Store(str(tmp_path / "store"))
     given = searched(tmp_path, trials=1, workers_per_trial=2, cpus_per_trial=0.5)

@@ -166,6 +166,7 @@ def test_a_trial_that_diverges_is_named_and_the_others_go_on(tmp_path, ray_clust
     assert study["missing"] == {"1": "none of its trials came to its end"}
 
 
+@pytest.mark.slow
 def test_a_trial_may_be_two_ddp_workers_which_take_the_steps_of_one_with_both_batches(tmp_path, ray_cluster):
     """Two workers with batches of 4 against one with batches of 8: what differs is which windows are met."""
     store = Store(str(tmp_path / "store"))

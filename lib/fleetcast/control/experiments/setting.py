@@ -27,7 +27,8 @@ from fleetcast.config import Options
 from fleetcast.control import traffic
 from fleetcast.control.bidrl.model import AgentOptions
 from fleetcast.control.bidrl.policy import BidrlPolicy
-from fleetcast.control.bidrl.train import TrainOptions, train
+from fleetcast.control.bidrl.rollouts import Distributed
+from fleetcast.control.bidrl.train import TrainOptions, collectors, train
 from fleetcast.control.cluster import Cluster, ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
 from fleetcast.control.features import Scales
@@ -92,6 +93,9 @@ class ExperimentOptions(Options):
     """Its rule is the calibrated one."""
     train: TrainOptions = TrainOptions()
     """Its seed and decisions are those of the experiment."""
+    rollouts: int = Field(0, ge=0)
+    """Ray actors that collect an agent's experience; agents are then trained one after the other.
+    0: agents are trained side by side, each with its own experience."""
     lstm: LstmOptions = LstmOptions()
     translb: TranslbOptions = TranslbOptions()
     step: float = Field(5, gt=0)
@@ -167,7 +171,11 @@ class Setting:
         self._spread([{"rule": one} for one in rules if not self.store.exists(self._place(one))])
         wanted = [(one, seed) for seed in range(self.options.seeds) for one in agents]
         missing = [pair for pair in wanted if not self.store.exists(self._version(*pair))]
-        self._spread([{"agent": one, "seed": seed} for one, seed in missing])
+        if self.options.rollouts:
+            for name, seed in missing:
+                self.agent(name, seed)
+        else:
+            self._spread([{"agent": one, "seed": seed} for one, seed in missing])
 
     def _spread(self, items: list[dict[str, Any]]) -> None:
         def work(item: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +222,12 @@ class Setting:
         if not self.store.exists(f"models/bidrl/{version}"):
             work = f"_work/bidrl/{version}"
             rates = self.training if training is None else training
-            found = train(told, made, self.cluster, rates, self.store, work)
+            actors = None
+            if self.options.rollouts:
+                actors = Distributed(collectors(told, made, self.cluster, rates), made)
+            found = train(told, made, self.cluster, rates, self.store, work, rollouts=actors)
+            if actors is not None:
+                actors.close()
             about = {"name": name, "traffic": label or "training", "options": told.model_dump(mode="json")}
             BidrlPolicy(found, Scales.of(self.cluster)).save(self.store, version, about)
             self.store.remove(work)
@@ -228,6 +241,7 @@ class Setting:
                 "decisions": self.options.decisions,
                 "environment": self.options.train.environment.model_copy(update={"step": self.options.step}),
                 **({} if name == BIDRL else {"smoothness": 0.0}),
+                **({"collectors": self.options.rollouts} if self.options.rollouts else {}),
             }
         )
         made = self.options.agent.model_copy(
