@@ -47,12 +47,13 @@ class Shift:
             [name, *(f"{100 * one.mean:.1f} ± {100 * one.width:.1f} %" for one in row)]
             for name, row in zip(self.patterns, self.kept(), strict=True)
         ]
-        least = min(one.mean for row in self.kept() for one in row)
-        said = "more" if least > PAPER else "less"
+        least = min((one for row in self.kept() for one in row), key=lambda one: one.mean)
+        gap = least.mean - PAPER
+        said = "within chance of" if abs(gap) <= least.width else "more than" if gap > 0 else "less than"
         return (
             f"Reward:\n\n{table(head, rewards)}\n\nOf the reward of the agent that was trained on the tested "
-            f"traffic:\n\n{table(head, shares)}\n\nThe least that is kept is {100 * least:.1f} %, {said} "
-            f"than the paper's {100 * PAPER:.0f} %.\n"
+            f"traffic:\n\n{table(head, shares)}\n\nThe least that is kept is {100 * least.mean:.1f} ± "
+            f"{100 * least.width:.1f} %, {said} the paper's {100 * PAPER:.0f} %.\n"
         )
 
     def pictures(self) -> dict[str, bytes]:
