@@ -119,6 +119,7 @@ def test_a_try_that_failed_before_its_first_epoch_is_read_with_its_reason():
     assert search._read(found) == Try({}, float("inf"), 0, [], "out of memory")
 
 
+@pytest.mark.slow
 def test_population_based_training_searches_as_well(tmp_path, ray_cluster):
     store = Store(str(tmp_path / "store"))
     figures = tune(store, searched(tmp_path, scheduler="pbt", trials=2, fit=FIT | {"epochs": 4}))
