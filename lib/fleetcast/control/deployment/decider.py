@@ -12,7 +12,6 @@ are there.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,8 +82,6 @@ class Decider:
             self.policy = BidrlPolicy(loaded.agent, about.scales)
         self.strangers: Counter[str] = Counter()
         """Services in scrapes that are not of the cluster."""
-        self.seconds: dict[str, float] = {}
-        """What the last decision took, by part."""
         self._encoder = ThreadPoolExecutor(1, "encoder")
         self._least = np.array(about.scales.least)
         self._most = np.array(about.scales.most)
@@ -122,7 +119,6 @@ class Decider:
 
     def answer(self, offset: str, body: bytes, killed: bool) -> Entry | str:
         """The actions that a message leads to, or in one line why it cannot be used."""
-        started = time.perf_counter()
         scrape = read_scrape(body)
         if isinstance(scrape, str):
             return scrape
@@ -135,13 +131,10 @@ class Decider:
         self._last = scrape.time
         if len(self.strangers) < _STRANGERS:
             self.strangers.update(strangers)
-        read = time.perf_counter()
         self._encode(seen)
         reactive = self._rule.act(seen).replicas
         proposed, fallback = self._propose(seen, killed)
-        entry = self._entry(offset, scrape, seen, reactive, proposed, fallback)
-        self.seconds = {"read": read - started, "decide": time.perf_counter() - read}
-        return entry
+        return self._entry(offset, scrape, seen, reactive, proposed, fallback)
 
     def _encode(self, seen: Observation) -> None:
         """Begins to make latent states of the window that ends now."""
