@@ -125,6 +125,11 @@ def compare_levels(store: Store, names: tuple[str, ...], options: LevelOptions) 
         for metric in levels[CHILD].data.metrics
         if not metric.endswith("_max") and any(metric in levels[one].data.metrics for one in parents)
     ]
+    if not metrics:
+        raise InputError(
+            f"levels {', '.join(levels)}: containers have {', '.join(levels[CHILD].data.metrics)}, expected "
+            "a metric, not a maximum, that services or machines have as well"
+        )
     done = store.read_json(f"{page}/{MANIFEST}")
     if done is not None and done["fingerprint"] == digest:
         log.info("levels: %s are reconciled", ", ".join(levels))
