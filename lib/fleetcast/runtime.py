@@ -268,6 +268,7 @@ def spread(
             log.info("%s %d/%d%s", what, len(receipts), len(items), rate)
     errors = [receipt["error"] for receipt in receipts.values() if "error" in receipt]
     if errors:
+        errors = list(dict.fromkeys(errors))  # many tasks may say the same
         raise InputError("; ".join(errors[:5]) + (f"; and {len(errors) - 5} more" if len(errors) > 5 else ""))
     return [receipts[index] for index in range(len(items))]
 

@@ -163,7 +163,8 @@ def _every_level(store: Store, ingested: _Stages, options: NightlyOptions) -> di
     figures, failures = dict[str, dict[str, Any]](), list[Exception]()
     for level in options.levels:
         log.info("— level %s", level)
-        shard_options = options.shard.model_copy(update={"level": level, "until": until})
+        only = {} if level == "container" else {"renamed": None}
+        shard_options = options.shard.model_copy(update={"level": level, "until": until, **only})
         stages = _Stages(list(ingested.rows), dict(ingested.figures))
         of_level = store.level(level).open_or_create()
         figures[level], failure = _level(

@@ -183,6 +183,13 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch: pytest.MonkeyPatch) -> 
         build({"store": str(tmp_path), "decide": {"mode": "on"}})
 
 
+def test_a_description_that_is_wrong_is_named_in_one_line(tmp_path) -> None:
+    store = Store(str(tmp_path / "store"))
+    store.write_json(CLUSTER, {"services": ["a"], "scales": {}})
+    with pytest.raises(InputError, match=r"control/cluster.json: scales.rate: Field required$"):
+        DeployOptions(store=store.uri).decider()
+
+
 def test_the_description_is_read_from_the_store(tmp_path, about: Description) -> None:
     store = Store(str(tmp_path / "store"))
     store.write_json(CLUSTER, json.loads(about.model_dump_json()))

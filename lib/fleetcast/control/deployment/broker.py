@@ -90,7 +90,9 @@ class RedisStreams:
             )
             self._redis.ping()
         except (redis.RedisError, ValueError) as error:
-            raise InputError(f"redis {self.place}: cannot be reached ({type(error).__name__})") from error
+            raise InputError(
+                f"redis {self.place}: cannot be reached ({type(error).__name__}), expected redis://host:port/0"
+            ) from error
         self._commit = self._redis.register_script(_COMMIT)
 
     def key(self, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from fleetcast.config import Options, S3Options
 from fleetcast.control.deployment.broker import RedisStreams
@@ -66,7 +66,12 @@ class DeployOptions(Options):
         found = store.read_json(CLUSTER)
         if found is None:
             raise InputError(f"{store.uri}/{CLUSTER}: no such file, expected the cluster's description")
-        return Description.model_validate(found)
+        try:
+            return Description.model_validate(found)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"])) or "it"
+            raise InputError(f"{store.uri}/{CLUSTER}: {place}: {wrong['msg']}") from error
 
     def token(self) -> bytes:
         """The token; empty if there is none."""
