@@ -46,6 +46,8 @@ class Config(BenchConfig):
     """Which parts to run."""
     threads: int = Field(1, ge=1)
     """Threads of torch. Its tensors are small here: a second thread costs more than it brings."""
+    device: str = "cpu"
+    """Where the vectorised engine's `speed` is measured: cpu or cuda."""
     calls: int = Field(150_000, ge=1000)
     """About as many calls the event-driven engine simulates in each case of a validation."""
 
@@ -305,13 +307,13 @@ def speed(config: Config) -> None:
     for services, environments in sizes:
         cluster = generate(ClusterOptions(services=services))
         rates = traffic.generate(TrafficOptions(hours=0.5), cluster, environments)
-        engine = FluidEngine(cluster, rates)
+        engine = FluidEngine(cluster, rates, device=config.device)
         seconds = [_pace(engine, 2) for _ in range(config.repetitions)]
         factor = [cluster.measure.interval / one for one in seconds]
         if (services, environments) == (25, 64):
             reached = "reached" if np.median(factor) >= _GOAL else "NOT reached"
         each = [1e6 * one / cluster.measure.interval / services / environments for one in seconds]
-        least = 1 / _least(engine)
+        least = 1 / _least(engine, config.device)
         rows.append((f"{services} × {environments}", spread_of(factor, 0), spread_of(each), f"{least:,.0f}"))
     table(
         "The vectorised engine, steps of 1 s, scaled by a rule",
@@ -324,7 +326,8 @@ def speed(config: Config) -> None:
         rows,
         "The floor of a step: the state of all replicas read and written once, and the three powers that the "
         f"law of a replica takes, as torch does them here. "
-        f"Goal: {_GOAL} times real time at 25 × 64: {reached}. {config.threads} thread(s). {machine()}.",
+        f"Goal: {_GOAL} times real time at 25 × 64: {reached}. {config.threads} thread(s), "
+        f"on {_named(config.device)}. {machine()}.",
     )
     paces = []
     for services, rate in ((25, 100.0), (25, 1000.0), (100, 100.0)):
@@ -342,27 +345,39 @@ def speed(config: Config) -> None:
     table("The event-driven engine", ("cluster", "times real time", "calls per second of computing"), paces)
 
 
-def _least(engine: FluidEngine) -> float:
+def _named(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+def _clock() -> float:
+    """Seconds, when all that was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _least(engine: FluidEngine, device: str) -> float:
     """Seconds of the least that a step can be made of."""
     shape = (engine.environments, len(engine.cluster.names), int(engine.cluster.max_replicas.max()))
-    state, powers = [torch.rand(shape) for _ in range(_STATE)], torch.rand(shape)
-    start, count = time.perf_counter(), 50
+    state = [torch.rand(shape, device=device) for _ in range(_STATE)]
+    powers = torch.rand(shape, device=device)
+    start, count = _clock(), 50
     for _ in range(count):
         for one in state:
             one += 1
         for _ in range(_POWERS):
             powers = powers**1.1
-    return (time.perf_counter() - start) / count
+    return (_clock() - start) / count
 
 
 def _pace(engine: Engine, least: float) -> float:
     """Seconds of computing per interval, over at least so many seconds."""
     policy = _Target()
-    start, count = time.perf_counter(), 0
+    start, count = _clock(), 0
     while time.perf_counter() - start < least:
         engine.step(policy.act(engine.observe()))
         count += 1
-    return (time.perf_counter() - start) / count
+    return (_clock() - start) / count
 
 
 # -- constants -----------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_encode_then_decide_is_act() -> None:
 def test_masked_changes_are_never_taken() -> None:
     agent = _policy().agent
     generator = torch.Generator().manual_seed(1)
-    mask = torch.rand(64, 5, 7, generator=generator) < 0.3
+    mask = torch.rand(64, 5, len(agent.options.changes), generator=generator) < 0.3
     mask[:, :, 3] = True
     decision = agent.decide(torch.randn(64, 5, 8, generator=generator), mask)
     for choice in (decision.best(), *(decision.sample(generator) for _ in range(20))):
@@ -74,7 +74,7 @@ def test_another_order_of_services_gives_the_same_decisions_in_that_order() -> N
     agent = _policy().agent
     generator = torch.Generator().manual_seed(1)
     telemetry, requests = torch.rand(2, 8, 5, features(3), generator=generator), torch.rand(2, 8, 2, 3)
-    mask, order = torch.ones(2, 5, 7).bool(), torch.tensor([3, 0, 4, 1, 2])
+    mask, order = torch.ones(2, 5, len(agent.options.changes)).bool(), torch.tensor([3, 0, 4, 1, 2])
     plain = agent.decide(agent.encode(telemetry, requests), mask)
     other = agent.decide(agent.encode(telemetry[:, :, order], requests), mask)
     assert torch.allclose(plain.changes[:, order], other.changes, atol=1e-5)

@@ -128,6 +128,16 @@ def test_work_is_conserved(make: type[Engine]) -> None:
 
 
 @BOTH
+def test_what_a_service_holds_is_the_time_that_requests_spend_there(make: type[Engine]) -> None:
+    """Little's law, service by service; together they are the latency."""
+    outcome = _settled(make, chain([0.02, 0.04, 0.01]), traffic.constant(15, seconds=5), 60)
+    held = (outcome.held / outcome.answered).squeeze(0)
+    expected = [work / (1 - 15 * work) for work in (0.02, 0.04, 0.01)]
+    assert held.tolist() == pytest.approx(expected, rel=0.15)
+    assert float(held.sum()) == pytest.approx(_mean(outcome), rel=0.02)
+
+
+@BOTH
 def test_without_a_place_calls_are_refused_and_tried_again_within_the_budget(make: type[Engine]) -> None:
     cluster = chain([0.1], slots=4, queue_limit=4, retries=1, deadline=5)
     outcome = _settled(make, cluster, traffic.constant(40, seconds=5), 20)

@@ -10,6 +10,8 @@ import torch
 from fleetcast.control import traffic
 from fleetcast.control.cluster import ClusterOptions, generate
 from fleetcast.control.environment import ClusterEnv, EnvironmentOptions, Environments
+from fleetcast.control.features import Scales, Window
+from fleetcast.control.policies.kubernetes import KubernetesOptions
 from fleetcast.control.traffic import TrafficOptions
 from fleetcast.errors import InputError
 from gymnasium.utils.env_checker import check_env
@@ -67,12 +69,26 @@ def test_telemetry_begins_unknown_and_comes_after_its_lag() -> None:
 def test_a_mask_forbids_what_the_bounds_would_cut_off() -> None:
     environments = _environments()
     environments.reset(0)
-    grow = torch.full_like(_zero(environments), _OPTIONS.changes.index(1))
+    grow = torch.full_like(_zero(environments), len(_OPTIONS.changes) - 1)
     for _ in range(4):
         environments.step(grow)
     mask = environments.mask()  # all have 4 replicas, of 2 to 4
     for number, change in enumerate(_OPTIONS.changes):
-        assert bool(mask[:, :, number].all()) == bool(mask[:, :, number].any()) == (change in (-2, -1, 0))
+        assert bool(mask[:, :, number].all()) == bool(mask[:, :, number].any()) == (change <= 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (KubernetesOptions(), ([2, 3, 6, 12], [2, 4, 9, 18], [2, 4, 10, 20], [3, 5, 12, 23])),
+        (None, ([1, 2, 6, 12], [1, 3, 9, 18], [2, 4, 10, 20], [3, 5, 12, 23])),
+    ],
+)
+def test_changes_are_shares_of_a_rules_replicas_or_at_least_one(rule, expected) -> None:
+    window = Window(Scales.of(generate(_CLUSTER)), 4, (-0.4, -0.1, 0.0, 0.15), rule)
+    window.base = torch.tensor([[2.0, 4.0, 10.0, 20.0]])
+    for place, replicas in enumerate(expected):
+        assert window.changed(torch.full((1, 4), place)).tolist() == [replicas]
 
 
 def test_the_reward_is_the_papers_by_its_three_weights() -> None:

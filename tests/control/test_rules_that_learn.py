@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from fleetcast.control import traffic
@@ -10,6 +13,7 @@ from fleetcast.control.engine import FluidEngine
 from fleetcast.control.environment import EnvironmentOptions
 from fleetcast.control.policies.calibrate import CalibrateOptions, calibrate, draw_kubernetes
 from fleetcast.control.policies.kubernetes import KubernetesOptions, KubernetesPolicy
+from fleetcast.control.policies.staffing import StaffingOptions, StaffingPolicy
 from fleetcast.control.policies.translb import TranslbOptions, TranslbPolicy, train
 from fleetcast.control.traffic import Traffic
 from fleetcast.errors import InputError
@@ -62,3 +66,31 @@ def test_translb_weights_faster_nodes_more_and_empty_ones_not_at_all(small: tupl
         fast.append(action.routing[..., 2][both])
         engine.step(action)
     assert torch.cat(fast[5:]).mean() > 1.15 * torch.cat(slow[5:]).mean()
+
+
+def test_translb_follows_its_weights_as_far_as_it_is_told(small: tuple[Cluster, Traffic]) -> None:
+    cluster, rates = small
+    balancer = train(TranslbOptions(intervals=40, steps=50), KubernetesPolicy(), rates, cluster)
+    seen = FluidEngine(cluster, rates, step=5, seed=3).observe()
+    weights = {}
+    for exponent in (0.0, 0.5, 1.0):
+        policy = TranslbPolicy(balancer, KubernetesPolicy(), exponent)
+        policy.reset(cluster, 2)
+        weights[exponent] = policy.act(seen).routing
+    there = seen.ready_by_class > 0
+    assert torch.equal(weights[0.0], there.float())
+    assert torch.allclose(weights[0.5] ** 2, weights[1.0], atol=1e-6)
+
+
+def test_square_root_staffing_gives_small_services_more_room(small: tuple[Cluster, Traffic]) -> None:
+    """a + β √a replicas: of a load of 1, 4 and 9 replicas, with β 1.5, 3, 7 and 14."""
+    cluster, rates = small
+    engine = FluidEngine(cluster, rates, step=5)
+    seen = engine.observe()
+    load = torch.tensor([1.0, 4.0, 9.0, float("nan"), 0.0, 1.0])
+    seen = replace(seen, rate=(load * torch.tensor(cluster.cores / cluster.demand)).repeat(2, 1))
+    policy = StaffingPolicy(StaffingOptions(room=1.5))
+    policy.reset(replace(cluster, max_replicas=np.full(6, 99)), 2)
+    asked = policy.act(replace(seen, wanted=torch.full((2, 6), 12.0))).replicas[0].tolist()
+    least = cluster.min_replicas.tolist()
+    assert asked == [max(3, least[0]), 7, 14, 12, least[4], max(3, least[5])]

@@ -142,7 +142,8 @@ class FluidEngine:
         sums = _Sums(environments, services, places, len(self._deadline), self._device)
         zero = torch.zeros(self.environments, device=self._device)
         outcome = Outcome(
-            **{field.name: zero.clone() for field in fields(Outcome) if field.name != "latencies"},
+            **{f.name: zero.clone() for f in fields(Outcome) if f.name not in ("latencies", "held")},
+            held=torch.zeros(environments, services, device=self._device),
             latencies=torch.zeros(self.environments, len(LATENCY_BOUNDS) + 1, device=self._device),
         )
         self._lost += pods.fail(self.cluster.measure.interval)
@@ -150,6 +151,7 @@ class FluidEngine:
             self._advance(sums, outcome)
         outcome.changes.add_(pods.changes)
         outcome.restarts.add_(pods.restarts)
+        outcome.held.add_(sums.own.sum(2))
         self._measuring.record(self._measured(sums))
         return outcome
 

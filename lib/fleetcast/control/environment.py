@@ -39,8 +39,8 @@ class EnvironmentOptions(Options):
 
     window: int = Field(16, ge=1)
     """T: measurements that are seen at once."""
-    changes: tuple[int, ...] = Field((-4, -2, -1, 0, 1, 2, 4), min_length=1)
-    """Changes of a service's replicas to choose from."""
+    changes: tuple[float, ...] = Field((-0.4, -0.3, -0.2, -0.1, 0.0, 0.15, 0.3, 0.6), min_length=1)
+    """Changes of a service's replicas to choose from, as shares."""
     rule: KubernetesOptions | None = None
     """A rule whose replicas are changed; those that are wanted now without one."""
     routing: bool = True
@@ -86,7 +86,6 @@ class Environments:
             raise InputError(f"{environments} environments of the event-driven engine, expected 1")
         self.cluster, self.options, self.environments = cluster, options, environments
         self._pool, self._device = rates, torch.device(device)
-        self._changes = torch.tensor(options.changes, device=self._device)
         self._window = Window(Scales.of(cluster), options.window, options.changes, options.rule, self._device)
         self._longest = float(cluster.share @ cluster.deadline)
         self._cores = float(cluster.max_replicas @ cluster.cores)
@@ -130,7 +129,7 @@ class Environments:
         says which services restart a replica. Returns what is seen, the reward [E], whether the episode is
         over, and what came of the interval.
         """
-        replicas = self._window.base + self._changes[change]
+        replicas = self._window.changed(change)
         outcome = self.engine.step(
             Action(
                 replicas,
@@ -143,16 +142,16 @@ class Environments:
 
     def reward(self, outcome: Outcome) -> Tensor:
         """[E]. R of some time."""
+        cost = outcome.cpu_allocated / (outcome.seconds * self._cores)
+        return self.performance(outcome) - self.options.cost_weight * cost
+
+    def performance(self, outcome: Outcome) -> Tensor:
+        """[E]. Of R what users notice: α₁ T / T_max − α₂ L / L_max."""
         options = self.options
         in_time = torch.where(outcome.offered > 0, outcome.good / outcome.offered.clamp(min=1e-9), 1)
         latency = outcome.latency / outcome.answered.clamp(min=1e-9) / self._longest
         latency = torch.where(outcome.answered > 0, latency.clamp(max=1), (outcome.offered > 0).float())
-        cost = outcome.cpu_allocated / (outcome.seconds * self._cores)
-        return (
-            options.throughput_weight * in_time.clamp(max=1)
-            - options.latency_weight * latency
-            - options.cost_weight * cost
-        )
+        return options.throughput_weight * in_time.clamp(max=1) - options.latency_weight * latency
 
     def mask(self) -> Tensor:
         """[E, S, C]. Which changes keep within the least and the most replicas."""

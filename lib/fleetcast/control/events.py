@@ -379,13 +379,14 @@ class EventEngine:
         for call in lost:
             self._fail(call)
         self._cpu_gone += pod.cpu
+        self._held_gone[pod.service] += pod.own
 
     # -- what is counted -------------------------------------------------------------------------------------
 
     def _clear(self) -> None:
         services, classes = len(self.cluster.names), len(self.cluster.entry)
         self._arrived, self._errors = [0] * services, [0] * services
-        self._queue = [0.0] * services
+        self._queue, self._held_gone = [0.0] * services, [0.0] * services
         self._spans: list[list[float]] = [[] for _ in range(services)]
         self._latencies: list[list[float]] = [[] for _ in range(classes)]
         self._offered, self._tried, self._missed = [0] * classes, [0] * classes, [0] * classes
@@ -412,9 +413,13 @@ class EventEngine:
             "changes": float(self._life.changes),
             "restarts": float(self._life.restarts),
         }
-        assert {*values, "latencies"} == {field.name for field in fields(Outcome)}
+        held = torch.tensor(self._held_gone)
+        for pod in self._pods.values():
+            held[pod.service] += pod.own
+        assert {*values, "held", "latencies"} == {field.name for field in fields(Outcome)}
         return Outcome(
             **{name: torch.tensor([float(value)]) for name, value in values.items()},
+            held=held.unsqueeze(0),
             latencies=torch.from_numpy(np.histogram(latencies, edges)[0]).float().unsqueeze(0),
         )
 

@@ -1,6 +1,6 @@
 """What an agent sees: an observation as tensors of numbers mostly from 0 to 1, and the last few of them.
 
-    window = Window(Scales.of(cluster), length=16, changes=(-1, 0, 1))
+    window = Window(Scales.of(cluster), length=16, changes=(-0.2, 0, 0.2))
     window.reset(environments)
     window.push(observation)    # telemetry [E, T, S, F], requests [E, T, K, 3], mask [E, S, C]
 
@@ -30,6 +30,8 @@ FEATURES = (
 REQUEST_FEATURES = ("offered", "request_p95", "missed")
 #: No feature is larger.
 LARGEST = 10.0
+#: So that 10 · 1.1 is 11.
+_ROUNDING = 1e-4
 
 
 def features(zones: int) -> int:
@@ -85,15 +87,15 @@ class Window:
         self,
         scales: Scales,
         length: int,
-        changes: Sequence[int],
+        changes: Sequence[float],
         rule: KubernetesOptions | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        """`length` T; `changes` [C] to choose from, of the replicas that a `rule` asks for, or of those that
-        are wanted now without one."""
+        """`length` T; `changes` [C] to choose from, as shares of the replicas that a `rule` asks for, or of
+        those that are wanted now without one."""
         self._rule = None if rule is None else KubernetesPolicy(rule)
         self.scales, self.length, self._device = scales, length, torch.device(device)
-        self._changes = torch.tensor(changes, device=self._device)
+        self._changes = torch.tensor(changes, dtype=torch.float32, device=self._device)
 
         def along(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=self._device)
@@ -179,5 +181,18 @@ class Window:
 
     def mask(self) -> Tensor:
         """[E, S, C]. Which changes keep within the least and the most replicas, from those of `base`."""
-        after = self.base.unsqueeze(2) + self._changes
+        after = self._after(self.base.unsqueeze(2), self._changes)
         return (after >= self._least.unsqueeze(1)) & (after <= self._most.unsqueeze(1))
+
+    def changed(self, change: Tensor) -> Tensor:
+        """[E, S]. Replicas after the changes at these places.
+
+        Of a rule's replicas they are rounded up, so that noise in the choice leaves small services alone; of
+        those that are wanted now, each change is one replica at least, or none would ever go.
+        """
+        return self._after(self.base, self._changes[change])
+
+    def _after(self, base: Tensor, share: Tensor) -> Tensor:
+        if self._rule is not None:
+            return (base * (1 + share) - _ROUNDING).ceil()
+        return base + share.sign() * (base * share.abs() - _ROUNDING).ceil()

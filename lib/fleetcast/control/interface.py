@@ -123,6 +123,9 @@ class Outcome:
     """[E]. Attempts after the first."""
     latency: Tensor
     """[E]. Latency, summed over the attempts that were answered [s]."""
+    held: Tensor
+    """[E, S]. Calls in a service's own replicas, those that wait there among them, times time: what requests
+    spend there (Little's law) [s]."""
     latencies: Tensor
     """[E, B]. Attempts that were answered, by the bins of LATENCY_BOUNDS."""
     cpu_used: Tensor

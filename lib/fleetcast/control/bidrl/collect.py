@@ -16,7 +16,11 @@ from torch import Tensor
 from fleetcast.control.bidrl.model import Agent, AgentOptions
 from fleetcast.control.cluster import Cluster
 from fleetcast.control.environment import EnvironmentOptions, Environments
+from fleetcast.control.interface import Outcome
 from fleetcast.control.traffic import Traffic
+
+#: Where nothing is held, all services are to blame alike.
+_NONE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,11 @@ class Collector:
         while not over:
             decision = agent.decide(agent.encode(seen["telemetry"], seen["requests"]), seen["mask"])
             choice = decision.sample(generator)
-            now, reward, over, _ = environments.step(choice.change, choice.weights, choice.restart)
+            now, reward, over, outcome = environments.step(choice.change, choice.weights, choice.restart)
             steps.append(
                 (
                     *(seen["mask"], choice.change, choice.routing, choice.restart),
-                    *(decision.log_prob(choice), decision.value, reward, self._credit(reward)),
+                    *(decision.log_prob(choice), decision.value, reward, self._credit(outcome)),
                 )
             )
             seen = now
@@ -110,11 +114,14 @@ class Collector:
             credit=credit,
         )
 
-    def _credit(self, reward: Tensor) -> Tensor:
-        """[E, S]. The reward without what the other services' replicas cost, which a service cannot help:
-        the same direction of learning with less noise."""
-        costs = self._prices * self._environments.seen.wanted
-        return reward.unsqueeze(1) + costs.sum(1, keepdim=True) - costs
+    def _credit(self, outcome: Outcome) -> Tensor:
+        """[E, S]. What its own replicas cost, and of what users lost the share of the time that their
+        requests spent in this service. All together it is the reward, less what it can be at most."""
+        environments = self._environments
+        most = environments.options.throughput_weight
+        lost = (most - environments.performance(outcome)).unsqueeze(1)
+        held = outcome.held + _NONE
+        return -lost * held / held.sum(1, keepdim=True) - self._prices * environments.seen.wanted
 
 
 class InProcess:

@@ -24,9 +24,9 @@ from fleetcast.control.features import REQUEST_FEATURES, features
 from fleetcast.control.policies.kubernetes import KubernetesOptions
 
 #: Log-odds of a restart, and deviation of the routing's logits, before anything is learned.
-_RESTART, _SPREAD = -6.0, 0.3
-#: The same of the sharpness of the choice among changes, before its softplus: nine in ten are no change.
-_KEEP = 2.6
+_RESTART, _SPREAD = -7.0, 0.1
+#: The same of the sharpness of the choice among changes, before its softplus: two in three are no change.
+_KEEP = 1.0
 #: Bounds of the sharpness of the choice among changes.
 _SHARP = (0.05, 20.0)
 
@@ -40,8 +40,8 @@ class AgentOptions(Options):
     """Measurements that the convolution takes together; it divides `window`."""
     zones: int = Field(3, ge=1)
     """Z: classes of nodes."""
-    changes: tuple[int, ...] = Field((-4, -2, -1, 0, 1, 2, 4), min_length=1)
-    """C changes of a service's replicas to choose from."""
+    changes: tuple[float, ...] = Field((-0.4, -0.3, -0.2, -0.1, 0.0, 0.15, 0.3, 0.6), min_length=1)
+    """C changes of a service's replicas to choose from, as shares, in order."""
     rule: KubernetesOptions | None = None
     """The rule whose replicas are changed: an agent that has learned nothing does as it does. Without one,
     the replicas that are wanted now."""
@@ -139,7 +139,8 @@ class Agent(nn.Module):
         self.change, self.restart = nn.Linear(hidden, 2), nn.Linear(hidden, 1)
         self.routing = nn.Linear(hidden, options.zones)
         self.log_spread = nn.Parameter(torch.full((options.zones,), math.log(_SPREAD)))
-        self.register_buffer("changes", torch.tensor(options.changes, dtype=torch.float32), persistent=False)
+        places = torch.arange(len(options.changes)) - options.changes.index(0)
+        self.register_buffer("places", places.float(), persistent=False)
         for head in (self.change, self.restart, self.routing):
             nn.init.orthogonal_(head.weight, 0.01)
             nn.init.zeros_(head.bias)
@@ -170,7 +171,7 @@ class Agent(nn.Module):
         hidden = self.policy(state)
         aim, sharp = self.change(hidden).split(1, 2)
         sharp = nn.functional.softplus(sharp).clamp(*_SHARP)
-        changes = -sharp * (cast(Tensor, self.changes) - aim) ** 2
+        changes = -sharp * (cast(Tensor, self.places) - aim) ** 2
         return Decision(
             changes=changes.masked_fill(~mask, -torch.inf),
             routing=self.routing(hidden),

@@ -35,7 +35,6 @@ class BidrlPolicy:
                 f"a cluster of {scales.zones} classes of nodes, expected the agent's {agent.options.zones}"
             )
         self.agent, self.scales = agent.eval(), scales
-        self._changes = torch.tensor(agent.options.changes)
 
     def reset(self, cluster: Cluster, environments: int) -> None:
         """A new episode begins, on any cluster with as many classes of nodes as the agent knows."""
@@ -61,7 +60,7 @@ class BidrlPolicy:
     def decide(self, z: Tensor) -> Action:
         """The best action from latent states, for what was seen last."""
         choice = self.agent.decide(z, self._window.mask()).best()
-        return Action(self._window.base + self._changes[choice.change], choice.weights, choice.restart)
+        return Action(self._window.changed(choice.change), choice.weights, choice.restart)
 
     def act(self, observation: Observation) -> Action:
         """Replicas, routing and restarts."""

@@ -40,19 +40,19 @@ class TrainOptions(Options):
 
     decisions: int = Field(100_000, ge=1)
     """Budget: whole episodes, rounded up."""
-    environments: int = Field(64, ge=1)
+    environments: int = Field(16, ge=1)
     """Side by side."""
     collectors: int = Field(1, ge=1)
     """Parts in which experience is collected; they divide `environments`."""
-    environment: EnvironmentOptions = EnvironmentOptions(step=5, episode=120)
+    environment: EnvironmentOptions = EnvironmentOptions(step=5, episode=60)
     """Reward, length of an episode and step of the simulator."""
     epochs: int = Field(4, ge=1)
     """Over each episode."""
-    stretch: int = Field(8, ge=2)
+    stretch: int = Field(6, ge=2)
     """Consecutive decisions of an environment that are learned from together; it divides an episode."""
     batch: int = Field(64, ge=1)
     """Stretches of a gradient step."""
-    rate: float = Field(5e-4, gt=0)
+    rate: float = Field(3e-3, gt=0)
     """Learning rate; it falls to a tenth."""
     discount: float = Field(0.95, ge=0, lt=1)
     trace: float = Field(0.9, ge=0, le=1)

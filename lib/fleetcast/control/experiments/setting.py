@@ -40,6 +40,8 @@ from fleetcast.control.policies.calibrate import (
     calibrate,
     draw_forecast,
     draw_kubernetes,
+    draw_staffing,
+    draw_translb,
 )
 from fleetcast.control.policies.forecast_driven import (
     Clairvoyant,
@@ -53,6 +55,7 @@ from fleetcast.control.policies.forecast_driven import (
     SameTimeYesterday,
 )
 from fleetcast.control.policies.kubernetes import KubernetesOptions, KubernetesPolicy
+from fleetcast.control.policies.staffing import StaffingOptions, StaffingPolicy
 from fleetcast.control.policies.translb import TranslbOptions, TranslbPolicy
 from fleetcast.control.traffic import HOUR, Traffic, TrafficOptions
 from fleetcast.errors import InputError
@@ -62,10 +65,11 @@ from fleetcast.store import Store, fingerprint
 log = logging.getLogger("fleetcast")
 
 #: Rules that are calibrated, each with the same budget.
-DEFAULT, RULE, TRANSLB = "H-Auto, default", "H-Auto, calibrated", "TransLB"
+DEFAULT, RULE, STAFFING = "H-Auto, default", "H-Auto, calibrated", "square-root staffing"
+TRANSLB = "TransLB"
 LAST, YESTERDAY, PUBLISHED = "last value", "same time yesterday", "published quantile"
 LSTM, CLAIRVOYANT = "LSTM-Auto", "clairvoyant bound"
-CALIBRATED = (RULE, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT)
+CALIBRATED = (RULE, STAFFING, TRANSLB, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT)
 #: Agents, with as much experience as the rules' calibration: with a representation of the window, without it,
 #: and without the term for it.
 BIDRL, RL_SCHED, ROUGH = "bidrl", "RL-Sched", "bidrl without smoothness"
@@ -136,6 +140,17 @@ def _rows(seen: Observation, rows: slice) -> Observation:
     return Observation(**parts)
 
 
+@dataclass(frozen=True)
+class _Family:
+    """Rules that differ in their options alone."""
+
+    build: Callable[[Any], Policy]
+    draw: Callable[[np.random.Generator], Any]
+    default: Any
+    truth: bool = False
+    """Whether they may see it."""
+
+
 @dataclass
 class Setting:
     """One setting, and what has been made for it."""
@@ -163,12 +178,15 @@ class Setting:
 
     def make(self, names: Sequence[str]) -> None:
         """Calibrates rules and trains agents that are not in the store yet, as Ray tasks side by side."""
-        unknown = set(names) - {*CALIBRATED, *AGENTS, DEFAULT, TRANSLB}
+        unknown = set(names) - {*CALIBRATED, *AGENTS, DEFAULT}
         if unknown:
             raise InputError(f"policies {', '.join(sorted(unknown))}: not known")
         agents = [one for one in AGENTS if one in names]
+        # The calibrated rule first: agents and TransLB build on it.
         rules = [one for one in CALIBRATED if one in names or (one == RULE and (agents or TRANSLB in names))]
-        self._spread([{"rule": one} for one in rules if not self.store.exists(self._place(one))])
+        rules = [one for one in rules if not self.store.exists(self._place(one))]
+        self._spread([{"rule": one} for one in rules if one != TRANSLB])
+        self._spread([{"rule": one} for one in rules if one == TRANSLB])
         wanted = [(one, seed) for seed in range(self.options.seeds) for one in agents]
         missing = [pair for pair in wanted if not self.store.exists(self._version(*pair))]
         if self.options.rollouts:
@@ -191,29 +209,46 @@ class Setting:
     def calibrated(self, name: str) -> Any:
         """A rule's options, the best of as many decisions on training traffic as an agent gets."""
         place = self._place(name)
-        kind = KubernetesOptions if name == RULE else ForecastOptions
+        family = self._family(name)
         known = self.store.read_json(place)
         if known is None:
             objective = self.options.train.environment.model_copy(update={"step": self.options.step})
             told = CalibrateOptions(decisions=self.options.decisions, objective=objective)
-            if name == RULE:
-                found: Any = calibrate(
-                    KubernetesPolicy, draw_kubernetes, KubernetesOptions(), self.cluster, self.training, told
-                )
-            else:
-                forecast = self._forecast(name)
-                found = calibrate(
-                    lambda one: ForecastPolicy(forecast(), one),
-                    draw_forecast,
-                    ForecastOptions(),
-                    self.cluster,
-                    self.training,
-                    told,
-                    truth=forecast().truth,
-                )
+            found = calibrate(
+                family.build,
+                family.draw,
+                family.default,
+                self.cluster,
+                self.training,
+                told,
+                truth=family.truth,
+            )
             known = found.best.model_dump(mode="json")
             self.store.write_json(place, known)
-        return kind.model_validate(known)
+        return type(family.default).model_validate(known)
+
+    def _family(self, name: str) -> _Family:
+        """What is calibrated of a rule."""
+        if name == RULE:
+            return _Family(KubernetesPolicy, draw_kubernetes, KubernetesOptions())
+        if name == STAFFING:
+            return _Family(StaffingPolicy, draw_staffing, StaffingOptions())
+        if name == TRANSLB:
+            default = self.options.translb
+            return _Family(self._translb, lambda random: draw_translb(random, default), default)
+        forecast = self._forecast(name)
+        return _Family(
+            lambda one: ForecastPolicy(forecast(), one), draw_forecast, ForecastOptions(), forecast().truth
+        )
+
+    def _translb(self, options: TranslbOptions) -> TranslbPolicy:
+        replicas = KubernetesPolicy(self.calibrated(RULE))
+        return TranslbPolicy(self._balancer, replicas, options.exponent)
+
+    @cached_property
+    def _balancer(self) -> translb.AttentionBalancer:
+        replicas = KubernetesPolicy(self.calibrated(RULE))
+        return translb.train(self.options.translb, replicas, self.training, self.cluster)
 
     def agent(self, name: str, seed: int, training: Traffic | None = None, label: str = "") -> BidrlPolicy:
         """A trained agent, on the training traffic or another one, which `label` then tells apart."""
@@ -253,7 +288,8 @@ class Setting:
         """Where a rule's options are kept."""
         o = self.options
         parts = [name, o.cluster, o.training, o.variety, o.decisions, o.train.environment, o.step]
-        return f"control/rules/{_digest([*parts, o.lstm] if name == LSTM else parts)}.json"
+        own: dict[str, Options] = {LSTM: o.lstm, TRANSLB: o.translb}
+        return f"control/rules/{_digest([*parts, own[name]] if name in own else parts)}.json"
 
     def _version(self, name: str, seed: int, label: str = "") -> str:
         """Where an agent is kept."""
@@ -267,18 +303,10 @@ class Setting:
         """A policy for all seeds' environments, and whether it may see the truth."""
         if name == DEFAULT:
             return KubernetesPolicy(), False
-        if name == RULE:
-            return KubernetesPolicy(self.calibrated(RULE)), False
-        if name == TRANSLB:
-            rule = self.calibrated(RULE)
-            balancer = translb.train(
-                self.options.translb, KubernetesPolicy(rule), self.training, self.cluster
-            )
-            return TranslbPolicy(balancer, KubernetesPolicy(rule)), False
         if name in AGENTS:
             return Several([self.agent(name, seed) for seed in range(self.options.seeds)]), False
-        forecast = self._forecast(name)()
-        return ForecastPolicy(forecast, self.calibrated(name)), forecast.truth
+        family = self._family(name)
+        return family.build(self.calibrated(name)), family.truth
 
     def _forecast(self, name: str) -> Callable[[], Forecast]:
         if name == LSTM:

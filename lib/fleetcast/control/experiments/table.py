@@ -18,6 +18,7 @@ from fleetcast.control.experiments.setting import (
     PUBLISHED,
     RL_SCHED,
     RULE,
+    STAFFING,
     TRANSLB,
     YESTERDAY,
     Setting,
@@ -26,7 +27,7 @@ from fleetcast.control.experiments.setting import (
 )
 from fleetcast.control.measures import UNITS, over_seeds
 
-ALL = (DEFAULT, RULE, TRANSLB, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT, RL_SCHED, BIDRL)
+ALL = (DEFAULT, RULE, STAFFING, TRANSLB, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT, RL_SCHED, BIDRL)
 #: What the table shows of all figures.
 SHOWN = (
     "latency_mean", "latency_p99", "missed", "throughput", "efficiency", "replica_hours", "core_hours",
@@ -67,6 +68,7 @@ class Comparison:
             f"{name} against {other}: {against(self.found[name], self.found[other])}"
             for name, other in (
                 (BIDRL, RULE),
+                (BIDRL, STAFFING),
                 (BIDRL, RL_SCHED),
                 (BIDRL, LSTM),
                 (RL_SCHED, RULE),
@@ -104,7 +106,7 @@ class Comparison:
                 latency.mean,
                 xerr=cost.width,
                 yerr=latency.width,
-                fmt="os^Dvp*XPh"[number % 10],
+                fmt="os^Dvp*XPh<"[number % 11],
                 color=plots.PALETTE[number % len(plots.PALETTE)],
                 label=name,
                 linestyle="",

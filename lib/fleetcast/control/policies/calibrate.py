@@ -21,6 +21,8 @@ from fleetcast.control.interface import Policy, run
 from fleetcast.control.policies.forecast_driven import ForecastOptions
 from fleetcast.control.policies.kubernetes import KubernetesOptions
 from fleetcast.control.policies.limits import Behaviour, ScalingPolicy, ScalingRules
+from fleetcast.control.policies.staffing import StaffingOptions
+from fleetcast.control.policies.translb import TranslbOptions
 from fleetcast.control.traffic import Traffic
 from fleetcast.errors import InputError
 
@@ -83,6 +85,16 @@ def draw_kubernetes(random: np.random.Generator) -> KubernetesOptions:
         tolerance=float(random.uniform(0, 0.2)),
         behaviour=_behaviour(random),
     )
+
+
+def draw_staffing(random: np.random.Generator) -> StaffingOptions:
+    """β from 0.5 to 2.5, and the same windows and scaling policies."""
+    return StaffingOptions(room=float(random.uniform(0.5, 2.5)), behaviour=_behaviour(random))
+
+
+def draw_translb(random: np.random.Generator, options: TranslbOptions) -> TranslbOptions:
+    """How far its weights are followed."""
+    return options.model_copy(update={"exponent": float(random.uniform(0, 1))})
 
 
 def draw_forecast(random: np.random.Generator) -> ForecastOptions:

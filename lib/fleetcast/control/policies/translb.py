@@ -37,6 +37,8 @@ class TranslbOptions(Options):
     """Training steps."""
     rate: float = Field(3e-3, gt=0)
     """Learning rate."""
+    exponent: float = Field(1, ge=0)
+    """Power of the weights that is used: 1 follows them, 0 ignores them."""
     seed: int = Field(0, ge=0)
 
 
@@ -63,10 +65,10 @@ class AttentionBalancer(nn.Module):
 
 
 class TranslbPolicy:
-    """Another policy's replicas, the balancer's routing."""
+    """Another policy's replicas, the balancer's routing; its weights to the power of `exponent`."""
 
-    def __init__(self, balancer: AttentionBalancer, replicas: Policy) -> None:
-        self._balancer, self._replicas = balancer.eval(), replicas
+    def __init__(self, balancer: AttentionBalancer, replicas: Policy, exponent: float = 1) -> None:
+        self._balancer, self._replicas, self._exponent = balancer.eval(), replicas, exponent
 
     def reset(self, cluster: Cluster, environments: int) -> None:
         """A new episode begins."""
@@ -77,7 +79,7 @@ class TranslbPolicy:
     def act(self, observation: Observation) -> Action:
         """Replicas and routing."""
         there = observation.ready_by_class > 0
-        weights = self._balancer(_features(observation, self._demand), there)
+        weights = self._balancer(_features(observation, self._demand), there) ** self._exponent * there
         return Action(self._replicas.act(observation).replicas, weights)
 
 
