@@ -1,4 +1,4 @@
-"""Runs a consumer until it is killed, or has answered for all messages; a process of a test.
+"""Runs a consumer until it is killed; a process of a test.
 
 python killed_consumer.py URL PREFIX CLUSTER.json OPTIONS.json STORE
 """
@@ -20,5 +20,5 @@ torch.set_num_threads(1)
 about = Description.model_validate_json(Path(cluster).read_text())
 decider = Decider(about, DeciderOptions.model_validate_json(options), Store(store))
 consumer = Consumer(RedisStreams(url, prefix), decider)
-while consumer.step(wait=0.01):
-    pass
+while True:
+    consumer.step(wait=0.01)

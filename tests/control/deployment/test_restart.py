@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from fleetcast.control.deployment.consumer import Consumer
 from fleetcast.control.deployment.decider import Decider, DeciderOptions
 from fleetcast.control.deployment.messages import Description, Entry
 from fleetcast.control.policies.kubernetes import KubernetesOptions
+from fleetcast.control.policies.limits import Behaviour
 from fleetcast.store import Store
 
 PROGRAM = Path(__file__).with_name("killed_consumer.py")
@@ -28,10 +30,12 @@ WRONG = b'{"time": 5, "services": []}'
 
 @pytest.fixture(scope="module")
 def store(about: Description, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """An agent that knows nothing."""
+    """An agent that knows nothing, above a rule that remembers longer than the one underneath."""
     found = Store(str(tmp_path_factory.mktemp("agent"))).open_or_create()
     torch.manual_seed(0)
-    agent = Agent(AgentOptions(zones=len(about.zones), window=8, latent=8, hidden=16))
+    down = Behaviour().down.model_copy(update={"window": 1200.0})
+    rule = KubernetesOptions(metric="rate", target=25, behaviour=Behaviour(down=down))
+    agent = Agent(AgentOptions(zones=len(about.zones), window=8, latent=8, hidden=16, rule=rule))
     with torch.no_grad():
         for weights in agent.parameters():
             weights += 0.3 * torch.randn_like(weights)
@@ -47,26 +51,23 @@ def test_killed_again_and_again_it_gives_the_actions_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     bodies = [*scrapes[:50], WRONG, *scrapes[50:]]
-    offsets = fill(broker, bodies)
-    undisturbed = _answers(Decider(about, OPTIONS, store), offsets, bodies)
     cluster = tmp_path / "cluster.json"
     cluster.write_text(about.model_dump_json())
     told = OPTIONS.model_dump_json()
     command = [sys.executable, str(PROGRAM), redis_url, broker.prefix, str(cluster), told, store.uri]
     random = np.random.default_rng(3)
-    kills = 0
-    while broker.offset() != offsets[-1]:
+    offsets: list[str] = []
+    for some in (bodies[:40], bodies[40:80], bodies[80:]):
+        offsets += fill(broker, some)
         process = subprocess.Popen(command)
         done = len(broker.actions())
-        after = done + int(random.integers(25, 50))
-        while process.poll() is None and len(broker.actions()) < after:
+        after = done + int(random.integers(10, 35)) if len(offsets) < len(bodies) else len(scrapes)
+        while len(broker.actions()) < after:
+            assert process.poll() is None, "it goes on until it is killed"
             time.sleep(0.0005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert len(broker.actions()) > done, "it goes on"
-    assert kills >= 2
+    undisturbed = _answers(Decider(about, OPTIONS, store), offsets, bodies)
     given = broker.actions()
     assert [offset for offset, _ in given] == [o for o, b in zip(offsets, bodies, strict=True) if b != WRONG]
     assert [Entry.model_validate_json(body) for _, body in given] == undisturbed
@@ -74,13 +75,16 @@ def test_killed_again_and_again_it_gives_the_actions_of_one_that_was_not(
     assert any(a.replicas != a.before for entry in undisturbed for a in entry.actions)
 
 
+@pytest.mark.parametrize("wanted", [None, 8], ids=["as it was", "what both rules would take away"])
 def test_what_a_decision_depends_on_is_seen_again(
-    about: Description, scrapes: list[bytes], store: Store
+    about: Description, scrapes: list[bytes], store: Store, wanted: int | None
 ) -> None:
+    if wanted is not None:
+        scrapes = [json.dumps(json.loads(one) | {"wanted": [wanted] * 6}).encode() for one in scrapes]
     offsets = [f"{n}-0" for n in range(len(scrapes))]
     decider = Decider(about, OPTIONS, store)
     expected = _answers(decider, offsets, scrapes)
-    for at in (1, 50, 100):
+    for at in (1, 50, 80, 100):
         again = Decider(about, OPTIONS, store)
         again.replay(scrapes[max(0, at - again.memory) : at])
         assert _answers(again, offsets[at:], scrapes[at:]) == expected[at:]

@@ -100,14 +100,17 @@ class Decider:
 
     @property
     def memory(self) -> int:
-        """Messages on which a decision may depend: those of the rule's windows, which depend on as many
-        before them, and those of the encoder's."""
-        rule = self.options.rule.behaviour
-        seconds = max(
-            rule.up.window, rule.down.window, *(p.period for r in (rule.up, rule.down) for p in r.policies)
-        )
-        window = 0 if self.policy is None else self.policy.agent.options.window
-        return max(2 * int(np.ceil(seconds / self.about.interval)) + 2, window + 1)
+        """Messages on which a decision may depend: those of a rule's windows, which depend on as many before
+        them, and those of the encoder's, of which each knows what the agent's own rule wanted."""
+
+        def of(rule: KubernetesOptions | None) -> int:
+            seconds = 0 if rule is None else rule.behaviour.memory
+            return 2 * int(np.ceil(seconds / self.about.interval)) + 2
+
+        if self.policy is None:
+            return of(self.options.rule)
+        agent = self.policy.agent.options
+        return max(of(self.options.rule), of(agent.rule) + agent.window)
 
     def replay(self, bodies: list[bytes]) -> None:
         """Sees what was seen before, and gives no action."""

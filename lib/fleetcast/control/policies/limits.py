@@ -52,6 +52,12 @@ class Behaviour(Options):
         window=300, policies=(ScalingPolicy(kind="percent", value=100, period=15),)
     )
 
+    @property
+    def memory(self) -> float:
+        """Time for which recommendations and changes matter [s]."""
+        rules = (self.up, self.down)
+        return max(*(one.window for one in rules), *(p.period for one in rules for p in one.policies))
+
 
 class Limits:
     """Recommendations in, replicas out; it remembers what was recommended and done."""
@@ -61,11 +67,7 @@ class Limits:
         self.behaviour, self._least, self._most = behaviour, least.double(), most.double()
         self._recommended: list[tuple[float, Tensor]] = []
         self._changed: list[tuple[float, Tensor]] = []
-        self._memory = max(
-            behaviour.up.window,
-            behaviour.down.window,
-            *(one.period for rules in (behaviour.up, behaviour.down) for one in rules.policies),
-        )
+        self._memory = behaviour.memory
 
     def apply(self, time: float, current: Tensor, recommended: Tensor) -> Tensor:
         """Replicas to have from now on, given those wanted so far and those recommended, both [E, S]."""
