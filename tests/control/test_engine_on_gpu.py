@@ -45,6 +45,6 @@ def test_a_rule_scales_on_a_gpu_as_on_the_cpu():
     here, there = (
         total(run(FluidEngine(cluster, rates, device=device), Target(), 100)) for device in ("cpu", "cuda")
     )
-    for name, close in (("offered", 0.001), ("cpu_used", 0.03), ("cpu_allocated", 0.03), ("good", 0.03)):
+    for name, close in (("offered", 0.001), ("cpu_used", 0.03), ("cpu_allocated", 0.03), ("good", 0.05)):
         ours, theirs = (float(getattr(one, name).sum()) for one in (here, there))
         assert theirs == pytest.approx(ours, rel=close), name
