@@ -141,11 +141,11 @@ def test_experience_may_come_from_ray_actors(setting: Setting, compared: Compari
 def test_a_difference_is_told_with_its_interval() -> None:
     figures = {name: np.array([10.0, 12, 11]) for name in table._TOLD}
     better = {name: values * (1.5 if name in table.MORE else 0.5) for name, values in figures.items()}
-    assert against(better, figures).startswith("better: mean latency -50.0 %")
+    assert against(better, figures).startswith("better: reward +50.0 % (± 11.3), mean latency -50.0 %")
     assert "worse" not in against(better, figures)
-    assert against(figures, better).startswith("worse: mean latency +100.0 %")
+    assert against(figures, better).startswith("worse: reward -33.3 % (± 7.5), mean latency +100.0 %")
     same = {name: values + np.array([1, -1, 0]) for name, values in figures.items()}
-    assert against(same, figures).startswith("ties: mean latency +0.0 %")
+    assert against(same, figures).startswith("ties: reward +0.0 %")
 
 
 def test_who_is_beaten_in_both_is_not_on_the_front() -> None:

@@ -7,6 +7,7 @@ over_seeds(values)                                                     # mean an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -81,10 +82,16 @@ class Provision:
 
 
 def judge(
-    engine: Engine, policy: Policy, intervals: int, *, truth: bool = False, stretch: float = 1.5
+    engine: Engine,
+    policy: Policy,
+    intervals: int,
+    *,
+    truth: bool = False,
+    stretch: float = 1.5,
+    on_interval: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[Outcome, Provision]:
     """Lets a policy decide for some intervals; all that came of it. The policy sees the truth only if asked;
-    `stretch` is the objective by which demand is told (see `capacity`)."""
+    `stretch` is the objective by which demand is told (see `capacity`); `on_interval` is told of each."""
     policy.reset(engine.cluster, engine.environments)
     curve = CapacityCurve.of(engine.cluster, stretch)
     provision = Provision.zeros(engine.environments)
@@ -102,6 +109,7 @@ def judge(
             **(vars(nothing) | {"disturbed": now.double(), "disturbances": (now & ~before).double()})
         )
         before = now
+        on_interval(step)
         outcome = step if outcome is None else outcome + step
     if outcome is None:
         raise InputError(f"{intervals} intervals, expected at least 1")
@@ -110,6 +118,7 @@ def judge(
 
 #: Name → unit, in the order of tables.
 UNITS = {
+    "reward": "1",
     "latency_mean": "ms", "latency_p50": "ms", "latency_p95": "ms", "latency_p99": "ms", "missed": "%",
     "throughput": "1/s", "goodput": "1/s", "efficiency": "%", "replica_hours": "h", "core_hours": "h",
     "churn": "1/h", "under": "%", "under_time": "%", "over": "%", "over_time": "%", "recovery": "s",

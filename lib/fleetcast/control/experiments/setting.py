@@ -31,6 +31,7 @@ from fleetcast.control.bidrl.rollouts import Distributed
 from fleetcast.control.bidrl.train import TrainOptions, collectors, train
 from fleetcast.control.cluster import Cluster, ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
+from fleetcast.control.environment import Environments
 from fleetcast.control.features import Scales
 from fleetcast.control.interface import Action, Observation, Policy
 from fleetcast.control.measures import figures, judge
@@ -326,16 +327,22 @@ class Setting:
         return LstmForecast(self.options.lstm, self.training, self.cluster)
 
     def judged(self, policy: Policy, truth: bool = False) -> dict[str, NDArray[np.float64]]:
-        """Figure → [seeds] on held-out traffic, each the mean over its patterns."""
+        """Figure → [seeds] on held-out traffic, each the mean over its patterns; the reward among them."""
         engine = FluidEngine(
             self.cluster, self.held_out, step=self.options.step, seed=self.options.held_out.seed
         )
         interval = self.cluster.measure.interval
         intervals = int(self.held_out.rates.shape[1] * self.held_out.step / interval)
-        outcome, provision = judge(engine, policy, intervals, truth=truth)
+        whole = self.options.train.environment.model_copy(update={"episode": intervals})
+        reward_of = Environments(self.cluster, self.held_out, whole, engine.environments).reward
+        rewards: list[Tensor] = []
+        outcome, provision = judge(
+            engine, policy, intervals, truth=truth, on_interval=lambda one: rewards.append(reward_of(one))
+        )
+        found = {"reward": torch.stack(rewards).mean(0)} | figures(outcome, provision, interval)
         return {
             name: torch.nanmean(value.double().view(self.options.seeds, -1), 1).numpy()
-            for name, value in figures(outcome, provision, interval).items()
+            for name, value in found.items()
         }
 
 

@@ -30,11 +30,11 @@ from fleetcast.control.measures import UNITS, over_seeds
 ALL = (DEFAULT, RULE, STAFFING, TRANSLB, LAST, YESTERDAY, PUBLISHED, LSTM, CLAIRVOYANT, RL_SCHED, BIDRL)
 #: What the table shows of all figures.
 SHOWN = (
-    "latency_mean", "latency_p99", "missed", "throughput", "efficiency", "replica_hours", "core_hours",
-    "churn", "under_time",
+    "reward", "latency_mean", "latency_p99", "missed", "throughput", "efficiency", "replica_hours",
+    "core_hours", "churn", "under_time",
 )  # fmt: skip
 #: Of these, figures of which more is better.
-MORE = frozenset({"throughput", "goodput", "efficiency"})
+MORE = frozenset({"reward", "throughput", "goodput", "efficiency"})
 #: The paper's table: mean latency [ms], throughput [1/s], utilisation efficiency [%].
 PAPER = {
     DEFAULT: (162, 790, 68.2), LSTM: (134, 861, 72.9), TRANSLB: (118, 902, 75.6), RL_SCHED: (112, 928, 78.1),
@@ -42,7 +42,7 @@ PAPER = {
 }  # fmt: skip
 #: Figures that a sentence compares, in words.
 _TOLD = {
-    "latency_mean": "mean latency", "latency_p99": "p99", "missed": "missed deadlines",
+    "reward": "reward", "latency_mean": "mean latency", "latency_p99": "p99", "missed": "missed deadlines",
     "throughput": "throughput", "efficiency": "efficiency", "core_hours": "core-hours", "churn": "churn",
 }  # fmt: skip
 
@@ -72,6 +72,7 @@ class Comparison:
                 (BIDRL, RL_SCHED),
                 (BIDRL, LSTM),
                 (RL_SCHED, RULE),
+                (STAFFING, RULE),
                 (RULE, DEFAULT),
             )
             if name in self.found and other in self.found
