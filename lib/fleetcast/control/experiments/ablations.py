@@ -23,7 +23,7 @@ NAMES = {BIDRL: "bidrl", ROUGH: "without the term for the representation", RULE:
 #: The paper's: variance of the response without the term, throughput without reinforcement [%].
 PAPER = {ROUGH: ("variance", +8.6), RULE: ("throughput", -11.4)}
 _FIGURES = {"variance": "variance of latency over time [s²]", "throughput": "throughput [1/s]",
-            "latency": "mean latency [ms]"}  # fmt: skip
+            "latency": "mean latency [ms]", "reward": "reward [1]"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Ablations:
             middle, width = self._gap(name, figure)
             same = "a tie" if abs(middle) <= width else "a difference"
             change = f"{figure} {middle:+.1f} % (± {width:.1f}), {same}"
-            told.append(f"{NAMES[name]}: {change}; the paper's {theirs:+.1f} %.")
+            reward = "reward {:+.1f} % (± {:.1f})".format(*self._gap(name, "reward"))
+            told.append(f"{NAMES[name]}: {change}; the paper's {theirs:+.1f} %. {reward}.")
         return told
 
     def pictures(self) -> dict[str, bytes]:
@@ -87,8 +88,7 @@ class Ablations:
 def ablations(setting: Setting) -> Ablations:
     """The agent, and it without each part, on held-out traffic."""
     setting.make([BIDRL, ROUGH])
-    interval, o = setting.cluster.measure.interval, setting.options
-    intervals = int(setting.held_out.rates.shape[1] * setting.held_out.step / interval)
+    interval, o, intervals = setting.cluster.measure.interval, setting.options, setting.intervals
     found = {}
     for name in NAMES:
         policy, truth = setting.policy(name)
@@ -106,5 +106,6 @@ def ablations(setting: Setting) -> Ablations:
             "variance": of_seeds((latency / answered.clamp(min=1e-9)).var(1)),
             "throughput": of_seeds(answered.sum(1) / (intervals * interval)),
             "latency": of_seeds(1000 * latency.sum(1) / answered.sum(1)),
+            "reward": of_seeds(torch.stack([setting.reward_of(one) for one in outcomes]).mean(0).double()),
         }
     return Ablations(found)

@@ -33,7 +33,7 @@ from fleetcast.control.cluster import Cluster, ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
 from fleetcast.control.environment import Environments
 from fleetcast.control.features import Scales
-from fleetcast.control.interface import Action, Observation, Policy
+from fleetcast.control.interface import Action, Observation, Outcome, Policy
 from fleetcast.control.measures import figures, judge
 from fleetcast.control.policies import translb
 from fleetcast.control.policies.calibrate import (
@@ -326,19 +326,31 @@ class Setting:
     def _lstm(self) -> LstmForecast:
         return LstmForecast(self.options.lstm, self.training, self.cluster)
 
+    @property
+    def intervals(self) -> int:
+        """Decisions on held-out traffic."""
+        return int(self.held_out.rates.shape[1] * self.held_out.step / self.cluster.measure.interval)
+
+    @cached_property
+    def reward_of(self) -> Callable[[Outcome], Tensor]:
+        """Reward [E] of an interval of held-out traffic."""
+        whole = self.options.train.environment.model_copy(update={"episode": self.intervals})
+        return Environments(self.cluster, self.held_out, whole, len(self.held_out.rates)).reward
+
     def judged(self, policy: Policy, truth: bool = False) -> dict[str, NDArray[np.float64]]:
         """Figure → [seeds] on held-out traffic, each the mean over its patterns; the reward among them."""
         engine = FluidEngine(
             self.cluster, self.held_out, step=self.options.step, seed=self.options.held_out.seed
         )
-        interval = self.cluster.measure.interval
-        intervals = int(self.held_out.rates.shape[1] * self.held_out.step / interval)
-        whole = self.options.train.environment.model_copy(update={"episode": intervals})
-        reward_of = Environments(self.cluster, self.held_out, whole, engine.environments).reward
         rewards: list[Tensor] = []
         outcome, provision = judge(
-            engine, policy, intervals, truth=truth, on_interval=lambda one: rewards.append(reward_of(one))
+            engine,
+            policy,
+            self.intervals,
+            truth=truth,
+            on_interval=lambda one: rewards.append(self.reward_of(one)),
         )
+        interval = self.cluster.measure.interval
         found = {"reward": torch.stack(rewards).mean(0)} | figures(outcome, provision, interval)
         return {
             name: torch.nanmean(value.double().view(self.options.seeds, -1), 1).numpy()
