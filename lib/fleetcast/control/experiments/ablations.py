@@ -59,7 +59,7 @@ class Ablations:
             same = "a tie" if abs(middle) <= width else "a difference"
             change = f"{figure} {middle:+.1f} % (± {width:.1f}), {same}"
             reward = "reward {:+.1f} % (± {:.1f})".format(*self._gap(name, "reward"))
-            told.append(f"{NAMES[name]}: {change}; the paper's {theirs:+.1f} %. {reward}.")
+            told.append(f"{NAMES[name]}: {change}; the paper's {theirs:+.1f} %; {reward}.")
         return told
 
     def pictures(self) -> dict[str, bytes]:
