@@ -21,6 +21,7 @@ from fleetcast.control.engine import FluidEngine
 from fleetcast.control.events import EventEngine
 from fleetcast.control.interface import Action, Engine, Observation, Outcome, run, total
 from fleetcast.control.traffic import Traffic, TrafficOptions
+from fleetcast.errors import InputError
 from pydantic import Field
 from scipy.optimize import least_squares
 from torch import Tensor
@@ -46,7 +47,7 @@ class Config(BenchConfig):
     """Which parts to run."""
     threads: int = Field(1, ge=1)
     """Threads of torch. Its tensors are small here: a second thread costs more than it brings."""
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     """Where the vectorised engine's `speed` is measured: cpu or cuda."""
     calls: int = Field(150_000, ge=1000)
     """About as many calls the event-driven engine simulates in each case of a validation."""
@@ -73,6 +74,8 @@ class _Target:
 
 
 def main(config: Config) -> None:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: there is no GPU that torch can use, expected cpu")
     torch.set_num_threads(config.threads)
     for part in config.parts:
         _PARTS[part](config)
@@ -346,7 +349,7 @@ def speed(config: Config) -> None:
 
 
 def _named(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return torch.cuda.get_device_name(device) if device == "cuda" else device
 
 
 def _clock() -> float:

@@ -59,6 +59,17 @@ def test_encode_then_decide_is_act() -> None:
         engine.step(action)
 
 
+@pytest.mark.parametrize("changes", [(-4, -1, 0, 1, 4), (-0.2, 0.2), (0.2, 0, -0.2)])
+def test_changes_that_are_no_shares_are_refused_in_an_agent_that_was_saved(changes, tmp_path) -> None:
+    store = Store(str(tmp_path)).open_or_create()
+    _policy().save(store, "v1")
+    config = store.read_json("models/bidrl/v1/config.json")
+    config["agent"]["changes"] = changes
+    store.write_json("models/bidrl/v1/config.json", config)
+    with pytest.raises(InputError, match="expected rising shares above -1 with 0 among them"):
+        BidrlPolicy.load(store, "v1")
+
+
 def test_masked_changes_are_never_taken() -> None:
     agent = _policy().agent
     generator = torch.Generator().manual_seed(1)

@@ -27,7 +27,7 @@ from fleetcast.control import traffic
 from fleetcast.control.cluster import Cluster, ClusterOptions, generate
 from fleetcast.control.engine import FluidEngine
 from fleetcast.control.events import EventEngine
-from fleetcast.control.features import LARGEST, REQUEST_FEATURES, Scales, Window, features
+from fleetcast.control.features import CHANGES, LARGEST, REQUEST_FEATURES, Changes, Scales, Window, features
 from fleetcast.control.interface import Action, Outcome
 from fleetcast.control.policies.kubernetes import KubernetesOptions
 from fleetcast.control.traffic import Traffic, TrafficOptions
@@ -39,7 +39,7 @@ class EnvironmentOptions(Options):
 
     window: int = Field(16, ge=1)
     """T: measurements that are seen at once."""
-    changes: tuple[float, ...] = Field((-0.4, -0.3, -0.2, -0.1, 0.0, 0.15, 0.3, 0.6), min_length=1)
+    changes: Changes = CHANGES
     """Changes of a service's replicas to choose from, as shares."""
     rule: KubernetesOptions | None = None
     """A rule whose replicas are changed; those that are wanted now without one."""
@@ -80,8 +80,6 @@ class Environments:
                 f"traffic of {rates.rates.shape[1] * rates.step:.0f} s, expected at least an episode of "
                 f"{options.episode} decisions: {self._length * rates.step:.0f} s"
             )
-        if 0 not in options.changes:
-            raise InputError(f"changes {options.changes}, expected 0 among them")
         if options.engine == "events" and environments != 1:
             raise InputError(f"{environments} environments of the event-driven engine, expected 1")
         self.cluster, self.options, self.environments = cluster, options, environments

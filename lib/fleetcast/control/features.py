@@ -10,10 +10,12 @@ The same in training, in experiments and live. A model is kept with the scales o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from fleetcast.config import Options
@@ -32,6 +34,19 @@ REQUEST_FEATURES = ("offered", "request_p95", "missed")
 LARGEST = 10.0
 #: So that 10 · 1.1 is 11.
 _ROUNDING = 1e-4
+
+
+def _shares(changes: tuple[float, ...]) -> tuple[float, ...]:
+    rising = all(one < other for one, other in pairwise(changes))
+    if 0 not in changes or not rising or changes[0] <= -1:
+        raise ValueError(f"changes {changes}, expected rising shares above -1 with 0 among them")
+    return changes
+
+
+Changes = Annotated[tuple[float, ...], AfterValidator(_shares)]
+"""Changes of a service's replicas to choose from, as shares of them: 0.15 is 15 % more."""
+#: Those of agents, if no others are given.
+CHANGES: Changes = (-0.4, -0.3, -0.2, -0.1, 0.0, 0.15, 0.3, 0.6)
 
 
 def features(zones: int) -> int:

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fleetcast.config import Options
-from fleetcast.control.features import REQUEST_FEATURES, features
+from fleetcast.control.features import CHANGES, REQUEST_FEATURES, Changes, features
 from fleetcast.control.policies.kubernetes import KubernetesOptions
 
 #: Log-odds of a restart, and deviation of the routing's logits, before anything is learned.
@@ -40,8 +40,8 @@ class AgentOptions(Options):
     """Measurements that the convolution takes together; it divides `window`."""
     zones: int = Field(3, ge=1)
     """Z: classes of nodes."""
-    changes: tuple[float, ...] = Field((-0.4, -0.3, -0.2, -0.1, 0.0, 0.15, 0.3, 0.6), min_length=1)
-    """C changes of a service's replicas to choose from, as shares, in order."""
+    changes: Changes = CHANGES
+    """C changes of a service's replicas to choose from, as shares."""
     rule: KubernetesOptions | None = None
     """The rule whose replicas are changed: an agent that has learned nothing does as it does. Without one,
     the replicas that are wanted now."""
